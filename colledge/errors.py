@@ -1,0 +1,65 @@
+"""What a user can cause, as one tree of errors: each says what was seen, what was wanted and how to fix it."""
+
+from __future__ import annotations
+
+
+class ColledgeError(Exception):
+    """A problem that a user can mend.
+
+    Args:
+        message: What is wrong, with the value seen and the value wanted.
+        fix: The knob to turn, in one sentence.
+
+    The command line prints ``message`` and ``fix`` on one line and exits with ``exit_code``.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __str__(self) -> str:
+        """Return the message and, where there is one, the fix."""
+        return f"{self.message} Fix: {self.fix}" if self.fix else self.message
+
+
+class ConfigError(ColledgeError):
+    """A file or a setting that cannot be used as it stands."""
+
+    exit_code = 2
+
+
+class PlanError(ConfigError):
+    """A plan that breaks one of the rules that loading checks."""
+
+
+class DataError(ConfigError):
+    """Training data that cannot be read; names the file, the line and the key."""
+
+
+class ModelError(ConfigError):
+    """A model that is missing, or whose structure cannot be cut into layers."""
+
+
+class OutOfMemoryError(ConfigError):
+    """A plan that a device cannot hold; names the device, the bytes needed and the bytes there."""
+
+    exit_code = 3
+
+
+class DeviceError(ColledgeError):
+    """A device that died, hung or answered wrongly; names the peer, the action and the step."""
+
+    exit_code = 4
+
+
+class DeadlineError(DeviceError):
+    """A wait that passed its deadline."""
+
+
+class LaunchError(ColledgeError):
+    """Workers that could not be started: a port taken, a host that cannot be reached."""
+
+    exit_code = 5

@@ -1,0 +1,321 @@
+"""The plan: what the planner writes and the engine reads. Stages of replicas of shards, and nothing else.
+
+    plan ── stage ── replica ── shard        a stage owns layers [start, stop)           (pipeline parallelism)
+         │        │          └─ shard        a replica computes `samples` rows of every
+         │        └─ replica ...             micro-batch                                  (data parallelism)
+         └─ stage ...                        a shard holds `fraction` of every layer     (tensor parallelism)
+
+Data parallel is one stage of N replicas; tensor is one stage, one replica, N shards; pipeline is N stages of
+one replica of one shard. Rows and layers are half-open ranges. This file decides nothing: it says what a plan
+is, checks it, and answers questions about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from colledge.errors import PlanError
+from colledge.profiles import PoolProfile
+from colledge.records import Record, read_json
+
+_FRACTION_TOLERANCE = 1e-6
+
+ScheduleName = Literal["gpipe", "1f1b"]
+
+
+class Shard(Record):
+    """A device that holds `fraction` of every sharded layer of its replica, running in power mode `mode`."""
+
+    device: str = Field(min_length=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    mode: str | None = None
+
+
+class Replica(Record):
+    """`samples` rows of every micro-batch (0 is allowed), computed by one or more shards together."""
+
+    samples: int = Field(ge=0)
+    shards: tuple[Shard, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Replica:
+        total = sum(shard.fraction for shard in self.shards)
+        if abs(total - 1) > _FRACTION_TOLERANCE:
+            raise ValueError(f"fractions of a replica sum to {total:g}, wanted 1")
+        return self
+
+    @property
+    def fractions(self) -> tuple[float, ...]:
+        """The fraction of each shard, in order."""
+        return tuple(shard.fraction for shard in self.shards)
+
+    def unit_ranges(self, units: int) -> tuple[tuple[int, int], ...]:
+        """Return the half-open range of shard units that each shard holds.
+
+        Args:
+            units: The number of equal parts that the stage's layers can be cut into.
+
+        Raises:
+            PlanError: A fraction does not fall on a unit.
+        """
+        edges = [0.0, *accumulate(self.fractions)]
+        scaled = [edge * units for edge in edges]
+        for shard, edge in zip(self.shards, scaled[1:], strict=True):
+            if abs(edge - round(edge)) > _FRACTION_TOLERANCE * units:
+                raise PlanError(
+                    f"fraction {shard.fraction:g} of device {shard.device!r} is off the model's shard units: "
+                    f"saw {shard.fraction * units:g} of {units} units, wanted a whole number.",
+                    fix=f"use multiples of 1/{units}.",
+                )
+        return tuple((round(a), round(b)) for a, b in zip(scaled, scaled[1:], strict=False))
+
+
+class Stage(Record):
+    """Layers [start, stop) and the replicas that compute them."""
+
+    layers: tuple[int, int]
+    replicas: tuple[Replica, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Stage:
+        start, stop = self.layers
+        if not 0 <= start < stop:
+            raise ValueError(f"layers [{start}, {stop}) are no half-open range with at least one layer")
+        shapes = {replica.fractions for replica in self.replicas}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"replicas of one stage must shard alike: saw fractions {[list(s) for s in sorted(shapes)]}"
+            )
+        return self
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards of each replica."""
+        return len(self.replicas[0].shards)
+
+    @property
+    def row_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The half-open range of a micro-batch's rows that each replica computes."""
+        edges = [0, *accumulate(replica.samples for replica in self.replicas)]
+        return tuple(zip(edges, edges[1:], strict=False))
+
+
+class PlanSchedule(Record):
+    """Which pipeline schedule, and the forwards each stage runs before its first backward."""
+
+    name: ScheduleName = "1f1b"
+    warmup: tuple[int, ...] | None = None
+
+
+class DeviceFigures(Record):
+    """What one device does in a step; predicted or measured, the same fields.
+
+    compute_s + communicate_s + idle_s = step_s: `communicate_s` is time in which the device computes nothing
+    while bytes of its own travel. `source` says where the energy comes from.
+    """
+
+    compute_s: float = Field(ge=0)
+    communicate_s: float = Field(ge=0)
+    idle_s: float = Field(ge=0)
+    energy_joules: float = Field(ge=0)
+    peak_memory_bytes: int | None = None
+    source: Literal["measured", "modelled", "missing"] = "modelled"
+
+
+class StepFigures(Record):
+    """What one step costs; predicted or measured, the same fields.
+
+    `energy_joules_per_step` counts the whole pool (devices left out still idle);
+    `marginal_energy_joules_per_step` counts the devices used only.
+    """
+
+    step_s: float = Field(ge=0)
+    energy_joules_per_step: float = Field(ge=0)
+    marginal_energy_joules_per_step: float = Field(ge=0)
+    devices: dict[str, DeviceFigures]
+
+
+class Plan(Record):
+    """plan.json: how a model is split over devices (decided; a plan written by hand loads too)."""
+
+    schema_tag: Literal["colledge/plan/1"] = Field(alias="schema")
+    num_layers: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1)
+    microbatch_size: int = Field(ge=1)
+    schedule: PlanSchedule = PlanSchedule()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    recompute: tuple[bool, ...] | None = None
+    prediction: StepFigures | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        self._check_layers()
+        self._check_samples()
+        self._check_devices()
+        self._check_per_stage()
+        return self
+
+    def _check_layers(self) -> None:
+        expected = 0
+        for index, stage in enumerate(self.stages):
+            if stage.layers[0] != expected:
+                raise ValueError(
+                    f"stages[{index}].layers starts at {stage.layers[0]}, wanted {expected}: "
+                    "stages must be contiguous and begin at layer 0"
+                )
+            expected = stage.layers[1]
+        if expected != self.num_layers:
+            raise ValueError(
+                f"the stages cover layers [0, {expected}), wanted [0, {self.num_layers}) (num_layers)"
+            )
+
+    def _check_samples(self) -> None:
+        if self.global_batch_size % self.microbatch_size:
+            raise ValueError(
+                f"microbatch_size {self.microbatch_size} does not divide "
+                f"global_batch_size {self.global_batch_size}"
+            )
+        for index, stage in enumerate(self.stages):
+            total = sum(replica.samples for replica in stage.replicas)
+            if total != self.microbatch_size:
+                raise ValueError(
+                    f"samples of stages[{index}] sum to {total}, wanted {self.microbatch_size} (microbatch_size)"
+                )
+
+    def _check_devices(self) -> None:
+        seen: set[str] = set()
+        for device in self.devices:
+            if device in seen:
+                raise ValueError(f"device {device!r} appears twice; a device holds one shard")
+            seen.add(device)
+
+    def _check_per_stage(self) -> None:
+        if self.recompute is not None and len(self.recompute) != self.num_stages:
+            raise ValueError(
+                f"recompute has {len(self.recompute)} entries, wanted {self.num_stages} (one a stage)"
+            )
+        warmup = self.schedule.warmup
+        if warmup is None:
+            return
+        if len(warmup) != self.num_stages:
+            raise ValueError(
+                f"schedule.warmup has {len(warmup)} entries, wanted {self.num_stages} (one a stage)"
+            )
+        if min(warmup) < 1:
+            raise ValueError(f"schedule.warmup is {list(warmup)}, wanted depths of at least 1")
+        if any(a < b for a, b in zip(warmup, warmup[1:], strict=False)):
+            raise ValueError(
+                f"schedule.warmup is {list(warmup)}, wanted depths that fall toward the last stage"
+            )
+
+    @property
+    def num_stages(self) -> int:
+        """The number of pipeline stages."""
+        return len(self.stages)
+
+    @property
+    def num_microbatches(self) -> int:
+        """The number of micro-batches in a step."""
+        return self.global_batch_size // self.microbatch_size
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices in plan order: by stage, replica and shard."""
+        return tuple(place.shard.device for place in self.places())
+
+    def places(self) -> Iterator[Place]:
+        """Yield every shard of the plan with its position, in plan order."""
+        for s, stage in enumerate(self.stages):
+            for r, replica in enumerate(stage.replicas):
+                for k, shard in enumerate(replica.shards):
+                    yield Place(stage_index=s, replica_index=r, shard_index=k, shard=shard)
+
+    def recomputes(self, stage_index: int) -> bool:
+        """Return whether a stage computes its activations again in the backward pass."""
+        return self.recompute is not None and self.recompute[stage_index]
+
+    def warmup_depths(self) -> tuple[int, ...]:
+        """Return the forwards that each stage runs before its first backward."""
+        if self.schedule.name == "gpipe":
+            return (self.num_microbatches,) * self.num_stages
+        if self.schedule.warmup is not None:
+            return tuple(min(depth, self.num_microbatches) for depth in self.schedule.warmup)
+        return tuple(min(self.num_stages - s, self.num_microbatches) for s in range(self.num_stages))
+
+    def check_pool(self, pool: PoolProfile) -> None:
+        """Check that the pool has every device and power mode that the plan names.
+
+        Raises:
+            ConfigError: A device or a mode is unknown; the message names it and what is there.
+        """
+        for place in self.places():
+            device = pool.device(place.shard.device)
+            mode = place.shard.mode
+            if mode is not None and not device.has_mode(mode):
+                there = ", ".join(m.name for m in device.modes)
+                raise PlanError(
+                    f"device {device.id!r} has no power mode {mode!r}.", fix=f"use one of {there}."
+                )
+
+    def check_model(self, num_layers: int, shard_units: int) -> None:
+        """Check that the plan fits a model of `num_layers` layers that is cut into `shard_units` units.
+
+        Raises:
+            PlanError: The plan covers another number of layers, or a fraction is off the units.
+        """
+        if self.num_layers != num_layers:
+            raise PlanError(
+                f"the plan covers {self.num_layers} layers, the model has {num_layers}.",
+                fix="plan again for this model, or give the model that the plan was made for.",
+            )
+        for stage in self.stages:
+            stage.replicas[0].unit_ranges(shard_units)
+
+    def describe(self) -> str:
+        """Return the plan in one line: `desk[0:5)x3 + pi[0:5)x1 -> orin-0|orin-1[5:8)`."""
+        return " -> ".join(
+            " + ".join(
+                "|".join(shard.device for shard in replica.shards)
+                + f"[{stage.layers[0]}:{stage.layers[1]})"
+                + (f"x{replica.samples}" if len(stage.replicas) > 1 else "")
+                for replica in stage.replicas
+            )
+            for stage in self.stages
+        )
+
+    @property
+    def family(self) -> Literal["single", "data", "pipeline", "tensor", "hybrid"]:
+        """The kind of parallelism that the plan uses."""
+        kinds: list[Literal["data", "pipeline", "tensor"]] = []
+        if any(len(stage.replicas) > 1 for stage in self.stages):
+            kinds.append("data")
+        if self.num_stages > 1:
+            kinds.append("pipeline")
+        if any(stage.num_shards > 1 for stage in self.stages):
+            kinds.append("tensor")
+        if not kinds:
+            return "single"
+        return kinds[0] if len(kinds) == 1 else "hybrid"
+
+
+class Place(Record):
+    """A shard and where it stands in the plan."""
+
+    stage_index: int
+    replica_index: int
+    shard_index: int
+    shard: Shard
+
+
+def read_plan(path: Path) -> Plan:
+    """Return the plan in a file.
+
+    Raises:
+        PlanError: The file is missing or breaks one of the rules; the message names the field.
+    """
+    return read_json(Plan, path, PlanError)

@@ -1,0 +1,60 @@
+"""A device as the planner sees it: memory, and watts in each power mode."""
+
+from __future__ import annotations
+
+from typing import Literal, NewType
+
+from pydantic import Field, field_validator
+
+from colledge.records import Record
+
+DeviceId = NewType("DeviceId", str)
+
+Source = Literal["measured", "declared", "catalog", "modelled"]
+
+
+class PowerMode(Record):
+    """What a device draws in one power mode, in watts; `source` says where the figures come from."""
+
+    name: str = Field(min_length=1)
+    idle_w: float = Field(ge=0)
+    compute_w: float = Field(ge=0)
+    communicate_w: float = Field(ge=0)
+    source: Source
+
+
+class DeviceProfile(Record):
+    """One device. Devices of one `kind` share timings.
+
+    `memory_bytes` is what training may use, of which `runtime_bytes` is taken by the process itself before
+    the first weight arrives (measured). The first mode is the one a plan means when it names none.
+    """
+
+    id: str = Field(min_length=1)
+    kind: str = Field(min_length=1)
+    memory_bytes: int = Field(gt=0)
+    runtime_bytes: int = Field(default=0, ge=0)
+    modes: tuple[PowerMode, ...] = Field(min_length=1)
+
+    @field_validator("modes")
+    @classmethod
+    def _distinct(cls, modes: tuple[PowerMode, ...]) -> tuple[PowerMode, ...]:
+        names = [mode.name for mode in modes]
+        if len(set(names)) != len(names):
+            raise ValueError(f"power mode names must differ, saw {names}")
+        return modes
+
+    def mode(self, name: str | None) -> PowerMode:
+        """Return the mode of that name, or the first one for None.
+
+        Raises:
+            KeyError: There is no such mode.
+        """
+        for mode in self.modes:
+            if name is None or mode.name == name:
+                return mode
+        raise KeyError(name)
+
+    def has_mode(self, name: str) -> bool:
+        """Return whether the device has a mode of that name."""
+        return any(mode.name == name for mode in self.modes)

@@ -1,0 +1,87 @@
+"""A model as the planner sees it: layers with their bytes and FLOPs, and timings measured on device kinds."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from colledge.records import Record
+
+
+class TensorProfile(Record):
+    """How a layer splits over the shards of a replica.
+
+    `units` is the number of equal parts that cannot be cut further (KV groups). Each all-reduce carries
+    `allreduce_bytes_per_sample` for every sample.
+    """
+
+    units: int = Field(ge=1)
+    forward_allreduces: int = Field(ge=0)
+    backward_allreduces: int = Field(ge=0)
+    allreduce_bytes_per_sample: int = Field(ge=0)
+
+
+class LayerProfile(Record):
+    """One layer. Layers of one `kind` share timings; `tensor: null` means every shard holds a whole copy.
+
+    `output_bytes_per_sample` is what a pipeline boundary after this layer carries; `saved_bytes_per_sample`
+    is what the layer keeps for its backward pass. `tied_to` names an earlier layer whose weight this one
+    shares.
+    """
+
+    name: str = Field(min_length=1)
+    kind: str = Field(min_length=1)
+    parameter_bytes: int = Field(ge=0)
+    trainable_parameter_bytes: int = Field(ge=0)
+    output_bytes_per_sample: int = Field(ge=0)
+    saved_bytes_per_sample: int = Field(ge=0)
+    forward_flops_per_sample: float = Field(ge=0)
+    backward_flops_per_sample: float = Field(ge=0)
+    tensor: TensorProfile | None = None
+    tied_to: str | None = None
+
+
+class Timing(Record):
+    """A measured time of one layer kind on one device kind; the median, with its relative spread.
+
+    `update_s` is the optimizer's update of the layer. `spread` is (third quartile - first quartile) / median
+    over the trials.
+    """
+
+    device_kind: str
+    mode: str
+    layer_kind: str
+    samples: int = Field(ge=1)
+    shard_fraction: float = Field(gt=0, le=1)
+    forward_s: float = Field(ge=0)
+    backward_s: float = Field(ge=0)
+    update_s: float = Field(default=0.0, ge=0)
+    spread: float = Field(default=0.0, ge=0)
+
+
+class ModelProfile(Record):
+    """model-profile.json: the layers in model order and the timings (measured, or analytic)."""
+
+    schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
+    name: str
+    sequence_length: int = Field(ge=1)
+    layers: tuple[LayerProfile, ...] = Field(min_length=1)
+    timings: tuple[Timing, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelProfile:
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"layer {twice!r} appears twice; names must differ")
+        for layer in self.layers:
+            if layer.tied_to is not None and layer.tied_to not in names:
+                raise ValueError(f"layer {layer.name!r} is tied to unknown layer {layer.tied_to!r}")
+        return self
+
+    @property
+    def shard_units(self) -> int:
+        """The coarsest unit that every sharded layer can be cut into (1: the model cannot be sharded)."""
+        units = [layer.tensor.units for layer in self.layers if layer.tensor is not None]
+        return min(units) if units else 1

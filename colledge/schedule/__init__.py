@@ -1,0 +1,8 @@
+"""The pipeline schedule as data: generate, lower, validate, simulate; the engine runs the same object. No torch."""
+
+from colledge.schedule.action import Action, ActionKind
+from colledge.schedule.generate import compute_order
+from colledge.schedule.lower import Schedule, lower, plan_schedule
+from colledge.schedule.validate import validate
+
+__all__ = ["Action", "ActionKind", "Schedule", "compute_order", "lower", "plan_schedule", "validate"]
