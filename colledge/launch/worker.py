@@ -1,0 +1,35 @@
+"""A device's process: joins the world that torchrun describes in its environment and serves the coordinator.
+
+torchrun ... -m colledge.launch.worker
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+import torch
+
+from colledge.errors import ColledgeError
+from colledge.parallel import DeviceWorker
+from colledge.parallel.world import DEFAULT_TIMEOUT_S, join_world, leave_world
+
+
+def main() -> None:
+    """Serve until the coordinator says shutdown; on a fault report it, print one line and end at once."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole terminal; the coordinator ends the run
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    try:
+        world = join_world(float(os.environ.get("COLLEDGE_TIMEOUT_S", DEFAULT_TIMEOUT_S)))
+        DeviceWorker(world).serve()
+    except ColledgeError as fault:
+        print(f"colledge worker: {fault}", file=sys.stderr, flush=True)
+        os._exit(fault.exit_code)  # sockets close now: that is what frees the peers that wait for this device
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The seam between models and the engine: what a model must offer so that it can be cut.
+
+    layer names     embedding | block.0 | block.1 | ... | head
+    a stage                     [   layers 1 to 3   )
+    a shard         units [0, 5) of 8 of every block in it
+
+Parameters keep the names that the model's own library gives them, so a state dict merged over all layers is
+the library's state dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from colledge.models.sharding import ShardOps, Slice
+from colledge.records import Record
+
+Precision = Literal["float64", "float32", "bfloat16"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+
+
+class ModelSpec(Record):
+    """All that a device needs to build its part of a model: a family and its configuration, as plain data."""
+
+    family: Literal["huggingface"]
+    config: dict[str, Any]
+
+
+class StageModule(Protocol):
+    """The layers of one stage, as one module."""
+
+    def __call__(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Return the stage's output.
+
+        Args:
+            x: What the stage takes, rows first: the model's own input for the first stage, else activations.
+            context: What every stage needs besides (`LayeredModel.context_names`), rows first.
+        """
+
+
+class LayeredModel(Protocol):
+    """A model as an ordered list of named layers; holds the structure, never the weights."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What a device needs to build the same model."""
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The names of the layers, in model order."""
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer; layers of one kind take the same time."""
+
+    @property
+    def shard_units(self) -> int:
+        """The equal parts that a layer can be cut into over the shards of a replica."""
+
+    @property
+    def input_name(self) -> str:
+        """The key of a batch's inputs that the first stage takes."""
+
+    @property
+    def context_names(self) -> tuple[str, ...]:
+        """The keys of a batch's inputs that every stage needs, where the batch has them."""
+
+    @property
+    def tied(self) -> Mapping[str, str]:
+        """Parameters that share their values with one of an earlier layer: name -> the earlier one's name."""
+
+    def layer_parameters(self, layer_index: int) -> dict[str, tuple[int, ...]]:
+        """Return the parameters of a layer with their whole shapes, tied ones included."""
+
+    def boundary_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of one row of activations for one row of the model's input."""
+
+    def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
+        """Return the part of a parameter that the shard with these units holds; None is all of it."""
+
+    def build_stage(
+        self,
+        layers: tuple[int, int],
+        dtype: torch.dtype,
+        units: tuple[int, int] | None = None,
+        ops: ShardOps | None = None,
+    ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+        """Return a stage's module and its parameters by their names in the whole model, values not yet set.
+
+        Args:
+            layers: The half-open range of layers.
+            dtype: The type of parameters and activations.
+            units: The half-open range of shard units, or None for whole layers.
+            ops: The operators around sharded regions; needed with `units`.
+
+        Raises:
+            ModelError: The structure cannot be cut like this.
+        """
+
+
+def build_model(spec: ModelSpec) -> LayeredModel:
+    """Return the model that a spec describes.
+
+    Raises:
+        ModelError: The structure is not one that can be cut into layers.
+    """
+    from colledge.models.huggingface import HuggingFaceCausalLM
+
+    return HuggingFaceCausalLM(spec.config)

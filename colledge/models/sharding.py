@@ -1,0 +1,195 @@
+"""Tensor parallelism of one block: which linears are cut, along which dimension, and into which parts.
+
+Column-parallel linears (query, key, value, gate, up) are cut along their outputs, row-parallel ones (output,
+down) along their inputs; f before and g after each pair make the result whole (Megatron-LM: Shoeybi et al.,
+arXiv 1909.08053). Cuts fall on KV groups in attention and on the nearest column in the MLP, so shards may be
+unequal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ShardOps(Protocol):
+    """The two operators around a sharded region (Megatron-LM's f and g: Shoeybi et al., arXiv 1909.08053)."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return x; in the backward pass, sum the gradient over the shards (f)."""
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Return x summed over the shards; in the backward pass, the identity (g)."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The part of a tensor that a shard holds: some ranges along one dimension, one after another."""
+
+    dim: int
+    ranges: tuple[tuple[int, int], ...]
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Return the part, a new contiguous tensor."""
+        return torch.cat([whole.narrow(self.dim, a, b - a) for a, b in self.ranges], self.dim)
+
+    def put(self, whole: Tensor, part: Tensor) -> None:
+        """Write the part to its place in the whole tensor."""
+        offset = 0
+        for a, b in self.ranges:
+            whole.narrow(self.dim, a, b - a).copy_(part.narrow(self.dim, offset, b - a))
+            offset += b - a
+
+
+def unit_range(size: int, units: tuple[int, int], num_units: int) -> tuple[int, int]:
+    """Return the columns of `size` that fall to the shard units [a, b) of `num_units`: the nearest ones."""
+    a, b = units
+    return (round(size * a / num_units), round(size * b / num_units))
+
+
+@dataclass(frozen=True)
+class ShardedLinear:
+    """How one linear of a block is cut. `parts` counts projections fused side by side in its outputs."""
+
+    path: str
+    column: bool
+    parts: int = 1
+    transposed: bool = False  # weight stored as (inputs, outputs), as GPT-2's Conv1D does
+
+    def slice(
+        self, parameter: str, shape: tuple[int, ...], units: tuple[int, int], num_units: int
+    ) -> Slice | None:
+        """Return the slice of `weight` or `bias`; None for what every shard holds whole.
+
+        Args:
+            parameter: "weight" or "bias".
+            shape: The whole parameter's shape.
+            units: The shard's half-open range of units.
+            num_units: The units in all.
+        """
+        if parameter == "bias" and not self.column:
+            return None
+        dim = 0 if parameter == "bias" else (int(self.column) if self.transposed else 1 - int(self.column))
+        part = shape[dim] // self.parts
+        a, b = unit_range(part, units, num_units)
+        return Slice(dim, tuple((p * part + a, p * part + b) for p in range(self.parts)))
+
+
+@dataclass(frozen=True)
+class ShardedBlock:
+    """The regions of a block between f and g, and the linears in them that are cut."""
+
+    regions: tuple[str, ...]
+    linears: tuple[ShardedLinear, ...]
+
+
+_SEPARATE_GATED = ShardedBlock(
+    regions=("self_attn", "mlp"),
+    linears=(
+        ShardedLinear("self_attn.q_proj", column=True),
+        ShardedLinear("self_attn.k_proj", column=True),
+        ShardedLinear("self_attn.v_proj", column=True),
+        ShardedLinear("self_attn.o_proj", column=False),
+        ShardedLinear("mlp.gate_proj", column=True),
+        ShardedLinear("mlp.up_proj", column=True),
+        ShardedLinear("mlp.down_proj", column=False),
+    ),
+)
+_FUSED_PLAIN = ShardedBlock(
+    regions=("attn", "mlp"),
+    linears=(
+        ShardedLinear("attn.c_attn", column=True, parts=3, transposed=True),
+        ShardedLinear("attn.c_proj", column=False, transposed=True),
+        ShardedLinear("mlp.c_fc", column=True, transposed=True),
+        ShardedLinear("mlp.c_proj", column=False, transposed=True),
+    ),
+)
+
+
+def find_sharding(block: nn.Module) -> ShardedBlock | None:
+    """Return how a decoder block is cut, found from its modules; None where the structure is not known.
+
+    Known: separate query, key, value with a gated MLP (Llama, Qwen2), and fused Conv1D projections with a
+    plain MLP (GPT-2). A region with parameters other than those linears' is not cut.
+    """
+    for sharding in (_SEPARATE_GATED, _FUSED_PLAIN):
+        expected = {f"{linear.path}.{name}" for linear in sharding.linears for name in ("weight", "bias")}
+        found = {name for name, _ in block.named_parameters() if name.startswith(tuple(sharding.regions))}
+        weights = {f"{linear.path}.weight" for linear in sharding.linears}
+        if weights <= found <= expected:
+            return sharding
+    return None
+
+
+class _ParallelLinear(nn.Module):
+    """A linear of which this shard holds a part; a row-parallel one sums over the shards and adds its bias once."""
+
+    def __init__(self, linear: ShardedLinear, weight: Tensor, bias: Tensor | None, ops: ShardOps) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+        self._linear = linear
+        self._ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self._linear.transposed else self.weight
+        if self._linear.column:
+            return F.linear(x, weight, self.bias)
+        y = self._ops.leave(F.linear(x, weight))
+        return y if self.bias is None else y + self.bias
+
+
+def shard_block(
+    block: nn.Module, sharding: ShardedBlock, units: tuple[int, int], num_units: int, ops: ShardOps
+) -> None:
+    """Cut a block on the meta device in place: this shard's part of every linear, f and g around each region.
+
+    Args:
+        block: A whole decoder block whose parameters have no values yet.
+        sharding: How it is cut.
+        units: The shard's half-open range of units.
+        num_units: The units in all.
+        ops: f (`enter`) and g (`leave`).
+    """
+    for linear in sharding.linears:
+        parent = block.get_submodule(linear.path.rpartition(".")[0])
+        whole = block.get_submodule(linear.path)
+        parts: dict[str, Tensor | None] = {}
+        for name in ("weight", "bias"):
+            tensor = getattr(whole, name, None)
+            part = None if tensor is None else linear.slice(name, tuple(tensor.shape), units, num_units)
+            parts[name] = tensor if tensor is None or part is None else part.take(tensor.detach())
+        assert parts["weight"] is not None
+        setattr(
+            parent,
+            linear.path.rpartition(".")[2],
+            _ParallelLinear(linear, parts["weight"], parts["bias"], ops),
+        )
+        if linear.parts > 1:  # the attention splits the fused output into equal projections by this size
+            size = parts["weight"].shape[1 if linear.transposed else 0] // linear.parts
+            object.__setattr__(parent, "split_size", size)
+    for region in sharding.regions:
+        block.get_submodule(region).register_forward_pre_hook(_enter(ops), with_kwargs=True)
+
+
+class _EnterHook(Protocol):
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+
+
+def _enter(ops: ShardOps) -> _EnterHook:
+    """Return a hook that passes a region's hidden states through f, positional or by keyword."""
+
+    def hook(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (ops.enter(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": ops.enter(kwargs["hidden_states"])}
+
+    return hook

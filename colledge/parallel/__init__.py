@@ -1,0 +1,18 @@
+"""The engine: a plan, run by a coordinator and one worker a device over torch.distributed (gloo)."""
+
+from colledge.parallel.device import DeviceWorker
+from colledge.parallel.engine import Engine, EngineSettings, StepRecord
+from colledge.parallel.setup import Emulation, OptimizerSettings, RouteEstimate
+from colledge.parallel.wire import Message, Wire
+
+__all__ = [
+    "DeviceWorker",
+    "Emulation",
+    "Engine",
+    "EngineSettings",
+    "Message",
+    "OptimizerSettings",
+    "RouteEstimate",
+    "StepRecord",
+    "Wire",
+]

@@ -1,0 +1,341 @@
+"""A device's side of the engine: takes its place in a plan when told to, runs steps, gives back its state.
+
+coordinator ── setup, weights ──> device        one message a layer, only what this device holds
+            ── train_step ──────>               rows of the batch, shapes of the boundaries
+            <───────── figures ──               loss, seconds, memory
+            ── read_state ──────>  ... teardown ── shutdown
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from colledge.errors import ColledgeError, DeviceError
+from colledge.models import build_model
+from colledge.models.layered import DTYPES, LayeredModel
+from colledge.models.losses import LOSSES
+from colledge.parallel.clock import Clock
+from colledge.parallel.executor import Executor
+from colledge.parallel.gradients import Gradients, TiedWeight
+from colledge.parallel.groups import Group, GroupFactory
+from colledge.parallel.setup import DeviceSetup
+from colledge.parallel.stage import StageRunner
+from colledge.parallel.tensor import ShardGroupOps
+from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
+from colledge.parallel.world import World
+from colledge.plan import Place, Plan
+from colledge.schedule import plan_schedule
+
+Handler = Callable[[Message, Wire], Message]
+
+_IDLE_LIMIT_S = (
+    24 * 3600.0
+)  # between commands a device waits for its coordinator; a dead one closes the connection
+
+
+class DeviceWorker:
+    """Serves commands of the coordinator until it says shutdown.
+
+    Args:
+        world: The processes of the run.
+        handlers: Further commands by name, such as measuring.
+    """
+
+    def __init__(self, world: World, handlers: Mapping[str, Handler] | None = None) -> None:
+        self._wire = world.wire
+        self._groups = GroupFactory(world)
+        self._part: _Part | None = None
+        self._handlers = dict(handlers or {})
+
+    def serve(self) -> None:
+        """Answer commands one after another.
+
+        Raises:
+            ColledgeError: What went wrong; it has been reported to the coordinator. The process should end, so
+                that its closing connections free the peers that wait for it.
+        """
+        while True:
+            message = self._wire.receive_message(COORDINATOR_RANK, "waiting for a command", _IDLE_LIMIT_S)
+            command = message.fields["command"]
+            if command == "shutdown":
+                self._wire.send_message(COORDINATOR_RANK, Message({"ok": True}))
+                return
+            try:
+                answer = self._answer(command, message)
+            except (
+                Exception
+            ) as fault:  # whatever it is, the coordinator must learn of it before this process ends
+                self._report(command, fault)
+                raise
+            self._wire.send_message(COORDINATOR_RANK, Message({"ok": True, **answer.fields}, answer.tensors))
+
+    def _answer(self, command: str, message: Message) -> Message:
+        if command == "setup":
+            self._part = None
+            self._part = _Part(DeviceSetup.model_validate(message.fields["setup"]), self._wire, self._groups)
+            return Message({})
+        if command == "teardown":
+            self._part = None
+            self._wire.pace({})
+            return Message({})
+        if command in self._handlers:
+            return self._handlers[command](message, self._wire)
+        if self._part is None:
+            raise DeviceError(f"command {command!r} came before setup.")
+        match command:
+            case "write_layer":
+                return self._part.write_layer(message)
+            case "train_step":
+                return self._part.train_step(message)
+            case "infer":
+                return self._part.infer(message)
+            case "read_layer":
+                return self._part.read_layer(message)
+        raise DeviceError(f"unknown command {command!r}.", fix="run the same version of colledge everywhere.")
+
+    def _report(self, command: str, fault: Exception) -> None:
+        lost_peer = isinstance(fault, DeviceError)
+        if isinstance(fault, ColledgeError):
+            text, fix, code = fault.message, fault.fix, fault.exit_code
+        else:
+            text, fix, code = f"{type(fault).__name__} during {command}: {fault}", "", DeviceError.exit_code
+        error = {"message": text, "fix": fix, "exit_code": code, "lost_peer": lost_peer}
+        try:
+            self._wire.send_message(COORDINATOR_RANK, Message({"ok": False, "error": error}))
+        except ColledgeError as unreachable:
+            print(f"cannot report to the coordinator: {unreachable}", file=sys.stderr)
+
+
+class _Part:
+    """This device's part of a plan: modules, gradients, optimizer."""
+
+    def __init__(self, setup: DeviceSetup, wire: Wire, groups: GroupFactory) -> None:
+        self._setup = setup
+        plan = setup.plan
+        self._place = place = next(p for p in plan.places() if p.shard.device == setup.device)
+        self._stage = stage = plan.stages[place.stage_index]
+        if setup.threads is not None:
+            torch.set_num_threads(setup.threads)
+        self._model = build_model(setup.model)
+        dtype, device = DTYPES[setup.precision], torch.device(setup.accelerator)
+        emulation = setup.emulations.get(setup.device)
+        self._clock = Clock(emulation.slowdown if emulation else 1.0)
+        wire.pace(_paces(setup))
+        ranks = setup.ranks
+        for name, rank in ranks.items():
+            wire.names[rank] = f"device {name!r}"
+        self._plan_group, shards, replicas, tied_group = _make_groups(plan, place, ranks, groups, self._model)
+        self._units = (
+            stage.replicas[0].unit_ranges(self._model.shard_units)[place.shard_index]
+            if stage.num_shards > 1
+            else None
+        )
+        ops = ShardGroupOps(shards, self._clock) if shards is not None else None
+        module, self._parameters = self._model.build_stage(stage.layers, dtype, self._units, ops)
+        module.to(device)
+        is_last = place.stage_index == plan.num_stages - 1
+        self._runner = StageRunner(
+            module, LOSSES[setup.loss] if is_last else None, plan.recomputes(place.stage_index)
+        )
+        self._reports_loss = is_last and place.shard_index == 0
+        tied = self._tied_weights(tied_group)
+        unique = _unique(self._parameters)
+        self._gradients = Gradients(
+            unique, replicas, tied, self._counted(unique, tied), self._clock, overlap=not setup.emulations
+        )
+        self._optimizer = setup.optimizer.build(list(unique.values()))
+        self._executor = Executor(
+            plan,
+            place,
+            plan_schedule(plan),
+            ranks,
+            {ranks[name]: route for name, route in setup.routes.items()},
+            self._runner,
+            self._gradients,
+            wire,
+            self._clock,
+            dtype,
+            device,
+        )
+
+    def _tied_weights(self, group: Group | None) -> dict[str, TiedWeight]:
+        if group is None:
+            return {}
+        names = {*self._model.tied, *self._model.tied.values()}
+        return {
+            name: TiedWeight(parameter, group, contributes=self._place.shard_index == 0)
+            for name, parameter in self._parameters.items()
+            if name in names
+        }
+
+    def _counted(self, unique: Mapping[str, nn.Parameter], tied: Mapping[str, TiedWeight]) -> frozenset[str]:
+        """Return the parameters that this rank counts in the global norm, so that each counts once."""
+        if self._place.replica_index > 0:
+            return frozenset()
+        return frozenset(
+            name
+            for name in unique
+            if not (name in tied and name in self._model.tied)  # a tied copy is counted where it stands first
+            and (self._place.shard_index == 0 or self._is_sliced(name))
+        )
+
+    def _is_sliced(self, name: str) -> bool:
+        return self._units is not None and self._model.slices(name, self._units) is not None
+
+    def _layer(self, name: str) -> dict[str, nn.Parameter]:
+        index = self._model.layer_names.index(name)
+        return {
+            parameter_name: self._parameters[parameter_name]
+            for parameter_name in self._model.layer_parameters(index)
+        }
+
+    def write_layer(self, message: Message) -> Message:
+        """Take a layer's values, and its optimizer state where the message has it."""
+        state = message.fields.get("optimizer_step")
+        for name, parameter in self._layer(message.fields["layer"]).items():
+            if name not in message.tensors:
+                continue
+            with torch.no_grad():
+                parameter.copy_(message.tensors[name])
+            values = {
+                key.rpartition("@")[2]: tensor
+                for key, tensor in message.tensors.items()
+                if key.startswith(f"{name}@")
+            }
+            if values:
+                self._optimizer.state[parameter] = {
+                    key: tensor.to(parameter.device, copy=True) for key, tensor in values.items()
+                }
+                if state is not None:
+                    self._optimizer.state[parameter]["step"] = torch.tensor(float(state))
+        return Message({})
+
+    def read_layer(self, message: Message) -> Message:
+        """Give a layer's values and optimizer state (`name@key`): only what is asked of this rank."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._layer(message.fields["layer"]).items():
+            if message.fields["sliced_only"] and not self._is_sliced(name):
+                continue
+            tensors[name] = parameter.detach()
+            if message.fields["optimizer"]:
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor) and key != "step":
+                        tensors[f"{name}@{key}"] = value
+        return Message({}, tensors)
+
+    def train_step(self, message: Message) -> Message:
+        """Run one step and its update; answer with the loss's share and this device's seconds."""
+        fields = message.fields
+        self._clock.reset()
+        self._runner.begin_step(fields["denominator"])
+        x, context, targets = self._rows(message)
+        step = fields["step"]
+        self._executor.train(step, x, context, targets, tuple(fields["boundary"]))
+        norm = None
+        self._clock.begin_compute()
+        clipping = self._setup.optimizer.gradient_clipping
+        if clipping is not None:
+            self._clock.end_compute()
+            norm = self._gradients.clip(clipping, self._plan_group, f"clipping of step {step}")
+            self._clock.begin_compute()
+        for group in self._optimizer.param_groups:
+            group["lr"] = fields["learning_rate"]
+        self._optimizer.step()
+        self._clock.end_compute()
+        return Message(
+            {
+                "loss": float(self._runner.loss_sum) if self._reports_loss else 0.0,
+                "gradient_norm": norm,
+                "compute_s": self._clock.compute_s,
+                "communicate_s": self._clock.communicate_s,
+                "peak_memory_bytes": _resident_bytes(),
+            }
+        )
+
+    def infer(self, message: Message) -> Message:
+        """Run the forwards only; the last stage answers with its outputs or with the summed loss of its rows."""
+        fields = message.fields
+        x, context, targets = self._rows(message)
+        self._clock.reset()
+        outputs = self._executor.infer(fields["step"], x, context, tuple(fields["boundary"]))
+        if not outputs or not self._reports_loss:
+            return Message({"loss": 0.0})
+        output = torch.cat(outputs)
+        if fields["want"] == "outputs":
+            return Message({"loss": 0.0}, {"output": output})
+        return Message({"loss": self._runner.total_loss(output, targets)})
+
+    def _rows(self, message: Message) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+        parts: dict[str, dict[str, Tensor]] = {"x": {}, "context": {}, "targets": {}}
+        device = torch.device(self._setup.accelerator)
+        for key, tensor in message.tensors.items():
+            kind, _, name = key.partition("/")
+            parts[kind][name] = tensor.to(device)
+        return parts["x"].get(self._model.input_name), parts["context"], parts["targets"]
+
+
+def _unique(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return the parameters with each tied pair once, by its earlier name."""
+    seen: set[int] = set()
+    unique = {}
+    for name, parameter in parameters.items():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            unique[name] = parameter
+    return unique
+
+
+def _make_groups(
+    plan: Plan, place: Place, ranks: Mapping[str, int], groups: GroupFactory, model: LayeredModel
+) -> tuple[Group | None, Group | None, Group | None, Group | None]:
+    """Make this rank's groups, walking all groups of the plan in one order: plan, shards, replicas, tied."""
+    own = ranks[place.shard.device]
+    plan_group = groups.group([ranks[device] for device in plan.devices])
+    shards = replicas = tied = None
+    for stage in plan.stages:
+        for replica in stage.replicas:
+            members = [ranks[shard.device] for shard in replica.shards]
+            if own in members:
+                shards = groups.group(members)
+        for shard_index in range(stage.num_shards):
+            members = [ranks[replica.shards[shard_index].device] for replica in stage.replicas]
+            if own in members:
+                replicas = groups.group(members)
+    first, last = plan.stages[0], plan.stages[-1]
+    if model.tied and plan.num_stages > 1:
+        members = [
+            ranks[shard.device] for s in (first, last) for replica in s.replicas for shard in replica.shards
+        ]
+        if own in members:
+            tied = groups.group(members)
+    return plan_group, shards, replicas, tied
+
+
+def _paces(setup: DeviceSetup) -> dict[int, Pace]:
+    """Return the links that this device rehearses: to every peer, the slower of the two ends."""
+    own = setup.emulations.get(setup.device)
+    paces = {}
+    for device, rank in setup.ranks.items():
+        if device == setup.device:
+            continue
+        ends = [e for e in (own, setup.emulations.get(device)) if e is not None]
+        bandwidths = [e.bandwidth_bytes_per_s for e in ends if e.bandwidth_bytes_per_s is not None]
+        latency_s = sum(e.latency_s for e in ends)
+        if bandwidths or latency_s:
+            paces[rank] = Pace(latency_s, min(bandwidths, default=None))
+    return paces
+
+
+def _resident_bytes() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+def worker_fault(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the error in a device's answer, or None."""
+    return None if fields.get("ok") else fields["error"]

@@ -1,0 +1,388 @@
+"""The coordinator's side of the engine: gives every device its part, feeds rows, gathers losses and state.
+
+For any plan, losses and weights equal those of one process that runs the whole model on the whole batch: the
+loss is a sum over targets divided by the number of targets in the whole batch, gradients are sums over rows.
+The coordinator computes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from colledge.data.batch import Batch
+from colledge.errors import ColledgeError, ConfigError, DeviceError, ModelError
+from colledge.models.layered import DTYPES, LayeredModel, Precision
+from colledge.models.losses import LOSSES
+from colledge.parallel.device import worker_fault
+from colledge.parallel.setup import DeviceSetup, Emulation, OptimizerSettings, RouteEstimate
+from colledge.parallel.wire import Message, Wire
+from colledge.plan import Place, Plan
+
+State = dict[str, dict[str, Tensor]]
+_AFTER_A_FAULT_S = 5.0
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """What one device did in a step, by its own clock."""
+
+    compute_s: float
+    communicate_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step gave: the mean loss over its targets, seconds by the coordinator's clock."""
+
+    step: int
+    loss: float
+    num_targets: int
+    step_s: float
+    gradient_norm: float | None
+    devices: dict[str, DeviceStep]
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How to train, beside the plan and the model."""
+
+    optimizer: OptimizerSettings
+    loss: str = "causal_lm"
+    precision: Precision = "float32"
+    accelerators: Mapping[str, str] | None = None
+    threads: Mapping[str, int] | None = None
+    emulations: Mapping[str, Emulation] | None = None
+    routes: Mapping[str, Mapping[str, RouteEstimate]] | None = None
+
+
+class Engine:
+    """Trains a model under a plan, on workers that serve (`DeviceWorker`).
+
+    Args:
+        plan: Checked against the model here.
+        model: The structure.
+        weights: The values by parameter name, read one at a time; a tied parameter may be missing.
+        settings: Optimizer, loss, precision and what is known of devices.
+        ranks: The rank of every device of the plan.
+        wire: This rank's messages.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+        ModelError: A parameter has no value or the wrong shape.
+        DeviceError: A device does not answer.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model: LayeredModel,
+        weights: Mapping[str, Tensor],
+        settings: EngineSettings,
+        ranks: Mapping[str, int],
+        wire: Wire,
+    ) -> None:
+        plan.check_model(len(model.layer_names), model.shard_units)
+        self.plan, self.model = plan, model
+        self._settings, self._wire = settings, wire
+        self._ranks = {device: ranks[device] for device in plan.devices}
+        for device, rank in self._ranks.items():
+            wire.names[rank] = f"device {device!r}"
+        self._places = {place.shard.device: place for place in plan.places()}
+        self._dtype = DTYPES[settings.precision]
+        self._loss = LOSSES[settings.loss]
+        self.step = 0
+        self._setup()
+        for name in model.layer_names:
+            self._write_layer(name, self._layer_values(name, weights), None)
+
+    # -- setting up and tearing down ---------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        settings = self._settings
+        messages = {}
+        for device in self._ranks:
+            setup = DeviceSetup(
+                plan=self.plan.model_copy(update={"prediction": None}),
+                device=device,
+                ranks=self._ranks,
+                model=self.model.spec,
+                precision=settings.precision,
+                loss=settings.loss,
+                optimizer=settings.optimizer,
+                accelerator=(settings.accelerators or {}).get(device, "cpu"),
+                threads=(settings.threads or {}).get(device),
+                timeout_s=self._wire.timeout_s,
+                emulations=dict(settings.emulations or {}),
+                routes=dict((settings.routes or {}).get(device, {})),
+            )
+            messages[device] = Message({"command": "setup", "setup": setup.model_dump(mode="json")})
+        self._command(messages, "setup")
+
+    def close(self) -> None:
+        """Give the devices' memory back; the workers keep serving."""
+        self._command({d: Message({"command": "teardown"}) for d in self._ranks}, "teardown")
+
+    def _layer_values(self, name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {}
+        for parameter, shape in self.model.layer_parameters(self.model.layer_names.index(name)).items():
+            source = parameter if parameter in weights else self.model.tied.get(parameter)
+            if source is None or source not in weights:
+                raise ModelError(
+                    f"the weights have no {parameter!r}.", fix="give the weights of this very model."
+                )
+            tensor = weights[source]
+            if tuple(tensor.shape) != shape:
+                raise ModelError(
+                    f"{parameter!r} has shape {list(tensor.shape)}, wanted {list(shape)}.",
+                    fix="give the weights of this very model.",
+                )
+            values[parameter] = tensor.to(self._dtype)
+        return values
+
+    def _write_layer(self, name: str, values: Mapping[str, Tensor], optimizer_step: int | None) -> None:
+        """Send a layer to every device that holds it: only its slices."""
+        messages = {}
+        for device, place in self._holders(name):
+            tensors = {}
+            for key, tensor in values.items():
+                part = self._slice(key.partition("@")[0], place)
+                tensors[key] = tensor if part is None else part.take(tensor)
+            fields = {"command": "write_layer", "layer": name, "optimizer_step": optimizer_step}
+            messages[device] = Message(fields, tensors)
+        self._command(messages, f"sending layer {name}")
+
+    def _holders(self, layer_name: str) -> Iterator[tuple[str, Place]]:
+        index = self.model.layer_names.index(layer_name)
+        for device, place in self._places.items():
+            start, stop = self.plan.stages[place.stage_index].layers
+            if start <= index < stop:
+                yield device, place
+
+    def _slice(self, parameter: str, place: Place):  # type: ignore[no-untyped-def]
+        stage = self.plan.stages[place.stage_index]
+        if stage.num_shards == 1:
+            return None
+        units = stage.replicas[0].unit_ranges(self.model.shard_units)[place.shard_index]
+        return self.model.slices(parameter, units)
+
+    # -- steps -------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch, learning_rate: float | None = None) -> StepRecord:
+        """Run one optimizer update on a whole batch.
+
+        Args:
+            batch: `global_batch_size` rows.
+            learning_rate: For this step; None means the optimizer's own.
+
+        Raises:
+            ConfigError: The batch has another number of rows.
+            DeviceError: A device died, hung or failed; the message names it, the action and the step.
+        """
+        if batch.num_rows != self.plan.global_batch_size:
+            raise ConfigError(
+                f"the batch has {batch.num_rows} rows, wanted {self.plan.global_batch_size} (global_batch_size)."
+            )
+        self.step += 1
+        num_targets = self._loss.count(batch.targets)
+        rate = self._settings.optimizer.learning_rate if learning_rate is None else learning_rate
+        fields = {
+            "command": "train_step",
+            "step": self.step,
+            "denominator": num_targets,
+            "learning_rate": rate,
+        }
+        began_s = time.perf_counter()
+        answers = self._command(self._rows(batch, fields), f"step {self.step}")
+        step_s = time.perf_counter() - began_s
+        return StepRecord(
+            step=self.step,
+            loss=sum(answer.fields["loss"] for answer in answers.values()),
+            num_targets=num_targets,
+            step_s=step_s,
+            gradient_norm=next(iter(answers.values())).fields["gradient_norm"],
+            devices={
+                device: DeviceStep(
+                    answer.fields["compute_s"],
+                    answer.fields["communicate_s"],
+                    answer.fields["peak_memory_bytes"],
+                )
+                for device, answer in answers.items()
+            },
+        )
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """Return the loss summed over a batch's targets, and how many there are. Any number of rows."""
+        total = 0.0
+        for part, _ in self._padded(batch):
+            answers = self._infer(part, "loss")
+            total += sum(answer.fields["loss"] for answer in answers.values())
+        return total, self._loss.count(batch.targets)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the model's outputs for a batch of any number of rows, in its order, on the coordinator."""
+        outputs = []
+        for part, num_rows in self._padded(batch):
+            answers = self._infer(part, "outputs")
+            size = self.plan.microbatch_size
+            whole: Tensor | None = None
+            for device, answer in answers.items():
+                if "output" not in answer.tensors:
+                    continue
+                rows = torch.tensor(self._row_indices(self._places[device]))
+                output = answer.tensors["output"]
+                if whole is None:
+                    whole = output.new_empty(size * self.plan.num_microbatches, *output.shape[1:])
+                whole[rows] = output
+            assert whole is not None
+            outputs.append(whole[:num_rows])
+        return torch.cat(outputs)
+
+    def _infer(self, batch: Batch, want: Literal["loss", "outputs"]) -> dict[str, Message]:
+        fields = {"command": "infer", "step": self.step, "want": want}
+        return self._command(self._rows(batch, fields), f"a forward pass after step {self.step}")
+
+    def _padded(self, batch: Batch) -> Iterator[tuple[Batch, int]]:
+        """Yield a batch in pieces of `global_batch_size` rows; the last is filled up with rows of no target."""
+        size = self.plan.global_batch_size
+        for begin in range(0, batch.num_rows, size):
+            indices = torch.arange(begin, min(begin + size, batch.num_rows))
+            missing = size - len(indices)
+            filled = torch.cat([indices, indices[-1:].expand(missing)])
+            targets = {name: tensor[filled] for name, tensor in batch.targets.items()}
+            if missing:
+                targets = {name: tensor.clone() for name, tensor in targets.items()}
+                for tensor in targets.values():
+                    tensor[len(indices) :] = -100
+            yield Batch({k: v[filled] for k, v in batch.inputs.items()}, targets), len(indices)
+
+    def _row_indices(self, place: Place) -> list[int]:
+        """Return the rows of a batch that a device computes, micro-batch after micro-batch."""
+        start, stop = self.plan.stages[place.stage_index].row_ranges[place.replica_index]
+        size = self.plan.microbatch_size
+        return [m * size + row for m in range(self.plan.num_microbatches) for row in range(start, stop)]
+
+    def _rows(self, batch: Batch, fields: Mapping[str, object]) -> dict[str, Message]:
+        """Return each device's message of a step: its rows of what its stage needs, and the agreed shapes."""
+        model = self.model
+        boundary = model.boundary_shape(tuple(batch.inputs[model.input_name].shape[1:]))
+        messages = {}
+        for device, place in self._places.items():
+            rows = torch.tensor(self._row_indices(place), dtype=torch.int64)
+            tensors = {}
+            if len(rows):
+                if place.stage_index == 0:
+                    tensors[f"x/{model.input_name}"] = batch.inputs[model.input_name][rows]
+                for name in model.context_names:
+                    if name in batch.inputs:
+                        tensors[f"context/{name}"] = batch.inputs[name][rows]
+                if place.stage_index == self.plan.num_stages - 1:
+                    tensors |= {f"targets/{name}": tensor[rows] for name, tensor in batch.targets.items()}
+            messages[device] = Message({**fields, "boundary": list(boundary)}, tensors)
+        return messages
+
+    # -- state -------------------------------------------------------------------------------------------------
+
+    def state_dict(self, layer_names: tuple[str, ...] | None = None) -> State:
+        """Return the trained values: layer name -> parameter name -> whole tensor. A tied weight comes once."""
+        return {name: self._read_layer(name, False) for name in layer_names or self.model.layer_names}
+
+    def checkpoint_layer(self, layer_name: str) -> dict[str, Tensor]:
+        """Return a layer's values and optimizer state (`parameter@key`), whole tensors."""
+        return self._read_layer(layer_name, True)
+
+    def restore_layer(self, layer_name: str, values: Mapping[str, Tensor], step: int) -> None:
+        """Give a layer the values and optimizer state that `checkpoint_layer` returned after `step` steps."""
+        complete = dict(values)
+        for copy_name, source in self.model.tied.items():
+            index = self.model.layer_names.index(layer_name)
+            if copy_name in self.model.layer_parameters(index) and source not in values:
+                origin = self._read_layer(self._layer_of(source), True)
+                complete |= {
+                    key.replace(source, copy_name, 1): t
+                    for key, t in origin.items()
+                    if key.startswith(source)
+                }
+        self.step = step
+        self._write_layer(layer_name, complete, step)
+
+    def _layer_of(self, parameter: str) -> str:
+        for index, name in enumerate(self.model.layer_names):
+            if parameter in self.model.layer_parameters(index):
+                return name
+        raise KeyError(parameter)
+
+    def _read_layer(self, name: str, optimizer: bool) -> dict[str, Tensor]:
+        """Gather a layer from the first replica of its stage; slices are put together to whole tensors."""
+        holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0]
+        messages = {
+            device: Message(
+                {
+                    "command": "read_layer",
+                    "layer": name,
+                    "optimizer": optimizer,
+                    "sliced_only": place.shard_index > 0,
+                }
+            )
+            for device, place in holders
+        }
+        answers = self._command(messages, f"reading layer {name}")
+        shapes = self.model.layer_parameters(self.model.layer_names.index(name))
+        whole: dict[str, Tensor] = {}
+        for device, place in holders:
+            for key, tensor in answers[device].tensors.items():
+                parameter = key.partition("@")[0]
+                if parameter in self.model.tied:
+                    continue
+                part = self._slice(parameter, place)
+                if part is None:
+                    whole[key] = tensor
+                else:
+                    part.put(whole.setdefault(key, tensor.new_empty(shapes[parameter])), tensor)
+        return whole
+
+    # -- commands ----------------------------------------------------------------------------------------------
+
+    def _command(self, messages: Mapping[str, Message], action: str) -> dict[str, Message]:
+        """Send each device its message, wait for all answers; a fault of one is raised as its own."""
+        return command(self._wire, {self._ranks[d]: m for d, m in messages.items()}, action, self._ranks)
+
+
+def command(
+    wire: Wire, messages: Mapping[int, Message], action: str, ranks: Mapping[str, int]
+) -> dict[str, Message]:
+    """Send messages to ranks and gather their answers, by device.
+
+    Raises:
+        ColledgeError: The first fault that is no mere consequence of another device's.
+    """
+    names = {rank: device for device, rank in ranks.items()}
+    headers = {rank: wire.begin_receive_message(rank) for rank in messages}
+    faults: list[tuple[bool, ColledgeError]] = []
+    sending = {rank: wire.begin_message(rank, message) for rank, message in messages.items()}
+    answers: dict[str, Message] = {}
+    for rank, header in headers.items():
+        limit_s = _AFTER_A_FAULT_S if faults else None
+        try:
+            for transfer in sending[rank]:
+                transfer.wait(action, limit_s)
+            answer = wire.finish_message(rank, header, action, limit_s)
+        except DeviceError as fault:
+            faults.append((False, fault))
+            continue
+        error = worker_fault(answer.fields)
+        if error is None:
+            answers[names[rank]] = answer
+        else:
+            raised = ColledgeError(f"{wire.names[rank]}: {error['message']}", fix=error["fix"])
+            raised.exit_code = error["exit_code"]
+            faults.append((error["lost_peer"], raised))
+    if faults:
+        raise min(faults, key=lambda pair: pair[0])[1]
+    return answers

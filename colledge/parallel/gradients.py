@@ -1,0 +1,194 @@
+"""Gradients of one rank: held in one flat buffer, summed over replicas, clipped by the plan's global norm.
+
+The buffer is laid out in the order in which the last backward finishes the layers, and is summed in buckets:
+while the last micro-batch's backward still runs, the buckets of finished layers are already on their way.
+
+    last backward   block.3   block.2   block.1   embedding
+    buffer        [ block.3 | block.2 | block.1 | embedding ]
+    buckets       [ bucket 0          | bucket 1            ]
+
+A weight tied across two stages is kept out of the buckets: its copies' gradients are summed by one all-reduce
+over all ranks that hold it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from colledge.parallel.clock import Clock
+from colledge.parallel.groups import Group, PendingReduce
+
+_BUCKET_BYTES = 8 * 1024**2
+
+
+@dataclass(frozen=True)
+class TiedWeight:
+    """A weight of which another stage holds a copy.
+
+    `contributes`: whether this rank's gradient enters the sum (one shard of a replica does, the others hold the
+    same values). `owner`: whether this rank counts it in the gradient norm.
+    """
+
+    parameter: nn.Parameter
+    group: Group
+    contributes: bool
+
+
+class Gradients:
+    """The gradients of a stage's parameters on this rank.
+
+    Args:
+        parameters: By name, in model order.
+        replicas: The group of this shard in the stage's other replicas, or None.
+        tied: The weights of which other stages hold copies, by name.
+        counted: Names of the parameters that this rank counts in the global norm.
+        overlap: Whether buckets start during the last backward (not where a slow link is rehearsed).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        replicas: Group | None,
+        tied: Mapping[str, TiedWeight],
+        counted: frozenset[str],
+        clock: Clock,
+        overlap: bool,
+    ) -> None:
+        self._tied = tied
+        self._replicas = replicas
+        self._counted = [p for name, p in parameters.items() if name in counted]
+        self._clock = clock
+        self._overlap = overlap and replicas is not None
+        plain = [p for name, p in reversed(list(parameters.items())) if name not in tied]
+        self._flat = _flatten(plain)
+        self._buckets, self._bucket_of = _buckets(plain, self._flat)
+        for weight in tied.values():
+            weight.parameter.grad = torch.zeros_like(weight.parameter)
+        if self._overlap:
+            for index, parameter in enumerate(plain):
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    _FinishedHook(self, self._bucket_of[index])
+                )
+        self._armed = False
+        self._pending: list[PendingReduce] = []
+        self._waiting: list[int] = []
+
+    def zero(self) -> None:
+        """Forget the gradients of the step before."""
+        if self._flat is not None:
+            self._flat.zero_()
+        for weight in self._tied.values():
+            assert weight.parameter.grad is not None
+            weight.parameter.grad.zero_()
+        self._pending = []
+        self._armed = False
+
+    def arm(self) -> None:
+        """Say that the next backward is the last: buckets may start as their layers finish."""
+        if self._overlap:
+            self._armed = True
+            self._waiting = [bucket.num_parameters for bucket in self._buckets]
+
+    def parameter_finished(self, bucket_index: int) -> None:
+        """Count one finished parameter; start every bucket that is now complete, in order."""
+        if not self._armed:
+            return
+        self._waiting[bucket_index] -= 1
+        while len(self._pending) < len(self._buckets) and self._waiting[len(self._pending)] == 0:
+            self._start_next_bucket()
+
+    def _start_next_bucket(self) -> None:
+        assert self._replicas is not None
+        bucket = self._buckets[len(self._pending)]
+        self._pending.append(self._replicas.begin_all_reduce(bucket.tensor))
+
+    def sync(self, action: object, expected_s: float | None) -> None:
+        """Sum the gradients over the stage's replicas and over the copies of tied weights."""
+        blocked_s = 0.0
+        if self._replicas is not None:
+            if self._overlap:
+                while len(self._pending) < len(self._buckets):
+                    self._start_next_bucket()
+                blocked_s += sum(pending.wait(action) for pending in self._pending)
+            else:
+                blocked_s += sum(self._replicas.all_reduce(b.tensor, action) for b in self._buckets)
+        for weight in self._tied.values():
+            gradient = weight.parameter.grad
+            assert gradient is not None
+            if not weight.contributes:
+                gradient.zero_()
+            blocked_s += weight.group.all_reduce(gradient, action)
+        self._clock.waited(blocked_s, expected_s)
+
+    def clip(self, max_norm: float, plan_group: Group | None, action: object) -> float:
+        """Scale all gradients so that the 2-norm of the whole model's gradient is at most `max_norm`.
+
+        Returns:
+            The norm before, as `torch.nn.utils.clip_grad_norm_` does.
+        """
+        square = torch.zeros((), dtype=torch.float64)
+        for parameter in self._counted:
+            assert parameter.grad is not None
+            square += parameter.grad.double().pow(2).sum().cpu()
+        if plan_group is not None:
+            self._clock.waited(plan_group.all_reduce(square, action), None)
+        norm = float(square.sqrt())
+        scale = min(1.0, max_norm / (norm + 1e-6))
+        if self._flat is not None:
+            self._flat.mul_(scale)
+        for weight in self._tied.values():
+            assert weight.parameter.grad is not None
+            weight.parameter.grad.mul_(scale)
+        return norm
+
+
+class _FinishedHook:
+    """Tells the gradients that a parameter's gradient is complete for this backward."""
+
+    def __init__(self, gradients: Gradients, bucket_index: int) -> None:
+        self._gradients, self._bucket_index = gradients, bucket_index
+
+    def __call__(self, parameter: Tensor) -> None:
+        self._gradients.parameter_finished(self._bucket_index)
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    tensor: Tensor
+    num_parameters: int
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """Give every parameter a gradient that is a view into one new flat buffer."""
+    if not parameters:
+        return None
+    first = parameters[0]
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+    offset = 0
+    for parameter in parameters:
+        parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offset += parameter.numel()
+    return flat
+
+
+def _buckets(parameters: Sequence[nn.Parameter], flat: Tensor | None) -> tuple[list[_Bucket], list[int]]:
+    """Cut the buffer at parameter borders into buckets of about `_BUCKET_BYTES`; also each parameter's bucket."""
+    buckets: list[_Bucket] = []
+    bucket_of: list[int] = []
+    begin = end = count = 0
+    for parameter in parameters:
+        bucket_of.append(len(buckets))
+        end += parameter.numel()
+        count += 1
+        if (end - begin) * parameter.element_size() >= _BUCKET_BYTES:
+            assert flat is not None
+            buckets.append(_Bucket(flat[begin:end], count))
+            begin, count = end, 0
+    if count:
+        assert flat is not None
+        buckets.append(_Bucket(flat[begin:end], count))
+    return buckets, bucket_of

@@ -1,0 +1,95 @@
+"""One rank's part of a stage: forward and backward of a micro-batch's rows, with or without recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from colledge.models.layered import StageModule
+from colledge.models.losses import Loss
+
+
+@dataclass
+class _Saved:
+    """What a forward leaves for its backward."""
+
+    x: Tensor
+    context: Mapping[str, Tensor]
+    targets: Mapping[str, Tensor]
+    output: Tensor | None
+
+
+class StageRunner:
+    """Computes forwards and backwards of micro-batches on this rank.
+
+    Args:
+        module: The stage's layers.
+        loss: On the last stage, the loss; None elsewhere.
+        recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
+    """
+
+    def __init__(self, module: nn.Module, loss: Loss | None, recompute: bool) -> None:
+        self._module: StageModule = module
+        self._loss = loss
+        self._recompute = recompute
+        self._saved: dict[int, _Saved] = {}
+        self._denominator = 1
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+
+    def begin_step(self, denominator: int) -> None:
+        """Begin a step whose loss is divided by `denominator`, the targets in the whole batch."""
+        self._saved.clear()
+        self._denominator = max(denominator, 1)
+        self.loss_sum = torch.zeros((), dtype=torch.float64)
+
+    def forward(
+        self, microbatch: int, x: Tensor, context: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Compute a micro-batch's rows and keep what its backward needs; return the output or the loss."""
+        saved = _Saved(x, context, targets, None)
+        self._saved[microbatch] = saved
+        if self._recompute:
+            with torch.no_grad():
+                output = self._compute(saved)
+        else:
+            if x.is_floating_point():
+                x.requires_grad_()
+            saved.output = output = self._compute(saved)
+        if self._loss is not None:
+            self.loss_sum += output.detach().double().cpu()
+        return output.detach()
+
+    def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
+        """Add a micro-batch's gradients; return the gradient of the stage's input (None on the first stage).
+
+        Args:
+            microbatch: One whose forward ran.
+            gradient: Of the stage's output; None on the last stage, whose output is the loss.
+        """
+        saved = self._saved.pop(microbatch)
+        if saved.output is None:
+            if saved.x.is_floating_point():
+                saved.x.requires_grad_()
+            saved.output = self._compute(saved)
+        torch.autograd.backward(saved.output, gradient)
+        return saved.x.grad
+
+    def infer(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Compute rows without a backward; return the stage's output (on the last stage the model's)."""
+        with torch.no_grad():
+            return self._module(x, context)
+
+    def total_loss(self, output: Tensor, targets: Mapping[str, Tensor]) -> float:
+        """Return the loss summed over the targets of some outputs of the last stage."""
+        assert self._loss is not None
+        with torch.no_grad():
+            return float(self._loss.total(output, targets))
+
+    def _compute(self, saved: _Saved) -> Tensor:
+        output = self._module(saved.x, saved.context)
+        if self._loss is None:
+            return output
+        return self._loss.total(output, saved.targets) / self._denominator

@@ -1,0 +1,55 @@
+"""Joining the processes of a run: the gloo world that torchrun (or a test) describes in the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from colledge.errors import LaunchError
+from colledge.parallel.wire import COORDINATOR_RANK, Wire
+
+DEFAULT_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of a run; `store` is where groups meet."""
+
+    rank: int
+    size: int
+    store: Store
+    wire: Wire
+
+
+def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
+    """Join the world of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        timeout_s: The deadline of every wait that names no other, joining included.
+
+    Raises:
+        LaunchError: The others cannot be reached.
+    """
+    limit = timedelta(seconds=timeout_s)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
+        store.set_timeout(limit)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError) as fault:
+        line = str(fault).splitlines()[0]
+        raise LaunchError(
+            f"the devices could not find each other within {timeout_s:g} s ({line}).",
+            fix="check that every device was started and that --master-addr and --master-port can be reached.",
+        ) from None
+    names = [f"rank {r}" for r in range(size)]
+    names[COORDINATOR_RANK] = "the coordinator"
+    return World(rank, size, store, Wire(names, timeout_s))
+
+
+def leave_world() -> None:
+    """Close the connections to all other processes."""
+    dist.destroy_process_group()

@@ -1,0 +1,69 @@
+"""metrics.jsonl: what happened, one line a step.
+
+A line ends with its newline; one that does not is the torn end of a crash and is dropped. A resumed run may
+write a step again: the later line holds.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import Field
+
+from colledge.errors import ConfigError
+from colledge.plan import DeviceFigures
+from colledge.records import Record, parse_record
+
+
+class StepMetrics(Record):
+    """One step as measured. `energy_joules` is the whole pool's, `tokens` those that the loss counts."""
+
+    step: int = Field(ge=1)
+    loss: float
+    step_s: float = Field(ge=0)
+    tokens: int = Field(ge=0)
+    energy_joules: float = Field(ge=0)
+    gradient_norm: float | None = Field(default=None, ge=0)
+    devices: dict[str, DeviceFigures]
+
+
+def append_metrics(path: Path, line: StepMetrics) -> None:
+    """Append a line; the torn end of a run that crashed is cut off first.
+
+    Raises:
+        OSError: The line could not be written.
+    """
+    data = (line.model_dump_json(exclude_none=True) + "\n").encode()
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(data)
+
+
+def read_metrics(path: Path) -> list[StepMetrics]:
+    """Return the lines of a file, in the order of their steps.
+
+    Raises:
+        ConfigError: The file is missing or a whole line is damaged; the message names the line.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as fault:
+        raise ConfigError(
+            f"{path}: cannot be read ({fault.strerror}).",
+            fix="train first, or name the output folder of a run.",
+        ) from None
+    steps: dict[int, StepMetrics] = {}
+    for number, raw in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
+        try:
+            value = json.loads(raw)
+        except ValueError as fault:
+            raise ConfigError(f"{where}: not JSON ({fault}).", fix="mend or delete the line.") from None
+        metrics = parse_record(StepMetrics, value, where)
+        steps[metrics.step] = metrics
+    return [steps[step] for step in sorted(steps)]

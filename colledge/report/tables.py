@@ -1,0 +1,141 @@
+"""Tables for the terminal: the families of plans, a plan as a picture, predicted against measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from colledge.plan import DeviceFigures, Plan
+from colledge.report.record import FamilyFigures, Report, relative_error
+from colledge.units import format_bytes, format_joules, format_seconds
+
+_BAR_WIDTH = 20
+
+
+def make_console() -> Console:
+    """Return a console on standard output: as wide as the terminal, or wide and plain elsewhere."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200, no_color=True)
+
+
+def family_table(
+    families: Mapping[str, FamilyFigures],
+    *,
+    samples_per_step: int,
+    tokens_per_step: int | None = None,
+    chosen: str | None = None,
+) -> Table:
+    """Return the best plan of each family, the least energy first.
+
+    Args:
+        families: Predicted figures a family.
+        samples_per_step: The global batch size.
+        tokens_per_step: Target tokens of a step; joules are given a sample where it is unknown.
+        chosen: The `description` of the plan that is used; its row is marked.
+    """
+    unit, count = ("token", tokens_per_step) if tokens_per_step else ("sample", samples_per_step)
+    table = _table("family", "plan", ">step", ">J/step", f">J/{unit}", ">x least energy", ">memory")
+    least = min((f.energy_joules_per_step for f in families.values()), default=0.0)
+    for name, figures in sorted(families.items(), key=lambda item: item[1].energy_joules_per_step):
+        mark = "* " if figures.description == chosen else "  "
+        ratio = figures.energy_joules_per_step / least if least else 1.0
+        table.add_row(
+            Text(mark + name),
+            Text(figures.description),
+            format_seconds(figures.step_s),
+            f"{figures.energy_joules_per_step:.3g}",
+            f"{figures.energy_joules_per_step / count:.3g}",
+            f"{ratio:.2f}",
+            _bytes_or_dash(figures.peak_memory_bytes),
+        )
+    return table
+
+
+def plan_table(
+    plan: Plan, memory_bytes: Mapping[str, int], figures: Mapping[str, DeviceFigures] | None = None
+) -> Table:
+    """Return a plan as a picture: a line a device with its layers, rows and memory.
+
+    Args:
+        plan: The plan.
+        memory_bytes: What training may use on each device.
+        figures: What each device does in a step; the plan's prediction by default.
+    """
+    if figures is None:
+        figures = plan.prediction.devices if plan.prediction else {}
+    table = _table("stage", "layers", "device", ">rows", ">share", ">compute", "memory")
+    above = -1
+    for place in plan.places():
+        stage = plan.stages[place.stage_index]
+        begins = place.stage_index != above
+        above = place.stage_index
+        shard = place.shard
+        device = figures.get(shard.device)
+        table.add_row(
+            str(place.stage_index) if begins else "",
+            f"{stage.layers[0]}-{stage.layers[1] - 1}" if begins else "",
+            Text(shard.device + (f" ({shard.mode})" if shard.mode else "")),
+            f"{stage.replicas[place.replica_index].samples} of {plan.microbatch_size}",
+            f"{shard.fraction:.0%}",
+            format_seconds(device.compute_s) if device else "-",
+            _memory_bar(device.peak_memory_bytes if device else None, memory_bytes.get(shard.device)),
+        )
+    return table
+
+
+def comparison_table(report: Report) -> Table:
+    """Return predicted against measured, for the step and for each device."""
+    table = _table("", ">predicted", ">measured", ">error", "source")
+    predicted, measured = report.prediction, report.measured
+    _compare(table, "step", predicted.step_s if predicted else None, measured.step_s, "measured")
+    _compare(
+        table,
+        "energy of a step (J)",
+        predicted.energy_joules_per_step if predicted else None,
+        measured.energy_joules_per_step,
+        report.energy_source,
+    )
+    for id, figures in measured.devices.items():
+        guess = predicted.devices.get(id) if predicted else None
+        table.add_section()
+        for name in ("compute_s", "communicate_s", "idle_s"):
+            seen = getattr(figures, name)
+            _compare(table, f"{id} {name[:-2]}", getattr(guess, name, None), seen, "measured")
+        energy = guess.energy_joules if guess else None
+        _compare(table, f"{id} energy (J)", energy, figures.energy_joules, figures.source)
+    return table
+
+
+def _compare(table: Table, name: str, predicted: float | None, measured: float, source: str) -> None:
+    show = format_joules if name.endswith("(J)") else format_seconds
+    error = relative_error(predicted, measured) if predicted is not None else None
+    table.add_row(
+        Text(name.removesuffix(" (J)")),
+        show(predicted) if predicted is not None else "-",
+        "unknown" if source == "missing" and measured == 0 else show(measured),
+        f"{error:+.1%}" if error is not None else "-",
+        source,
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        name = column.removeprefix(">")
+        table.add_column(name, justify="right" if column != name else "left", overflow="fold")
+    return table
+
+
+def _bytes_or_dash(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else format_bytes(num_bytes)
+
+
+def _memory_bar(used: int | None, there: int | None) -> str:
+    if used is None or there is None:
+        return f"{_bytes_or_dash(used)} of {_bytes_or_dash(there)}"
+    filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / there))
+    return f"{'#' * filled}{'.' * (_BAR_WIDTH - filled)} {format_bytes(used)} of {format_bytes(there)}"

@@ -1,0 +1,54 @@
+"""Real worker processes beside this one, which is rank 0, the coordinator."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+from colledge.parallel import Message
+from colledge.parallel.world import join_world, leave_world
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Workers:
+    """`count` device workers, ranks 1 to count, on loopback."""
+
+    def __init__(self, count: int, timeout_s: float = 60.0) -> None:
+        port = free_port()
+        shared = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(count + 1),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "OMP_NUM_THREADS": "1",
+            "COLLEDGE_TIMEOUT_S": str(timeout_s),
+        }
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", "colledge.launch.worker"],
+                env={**os.environ, **shared, "RANK": str(rank)},
+            )
+            for rank in range(1, count + 1)
+        ]
+        os.environ.update({**shared, "RANK": "0"})
+        self.wire = join_world(timeout_s).wire
+        self.ranks = {f"d{i}": i + 1 for i in range(count)}
+
+    def close(self) -> None:
+        for rank, process in enumerate(self.processes, start=1):
+            if process.poll() is None:
+                try:
+                    self.wire.send_message(rank, Message({"command": "shutdown"}))
+                    self.wire.receive_message(rank, "shutdown", 10)
+                    process.wait(10)
+                except Exception:
+                    process.kill()
+                    process.wait()
+        leave_world()
