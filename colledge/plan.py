@@ -13,7 +13,7 @@ is, checks it, and answers questions about it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +72,7 @@ class Replica(Record):
                     f"saw {shard.fraction * units:g} of {units} units, wanted a whole number.",
                     fix=f"use multiples of 1/{units}.",
                 )
-        return tuple((round(a), round(b)) for a, b in zip(scaled, scaled[1:], strict=False))
+        return tuple((round(a), round(b)) for a, b in pairwise(scaled))
 
 
 class Stage(Record):
@@ -102,7 +102,7 @@ class Stage(Record):
     def row_ranges(self) -> tuple[tuple[int, int], ...]:
         """The half-open range of a micro-batch's rows that each replica computes."""
         edges = [0, *accumulate(replica.samples for replica in self.replicas)]
-        return tuple(zip(edges, edges[1:], strict=False))
+        return tuple(pairwise(edges))
 
 
 class PlanSchedule(Record):
@@ -208,7 +208,7 @@ class Plan(Record):
             )
         if min(warmup) < 1:
             raise ValueError(f"schedule.warmup is {list(warmup)}, wanted depths of at least 1")
-        if any(a < b for a, b in zip(warmup, warmup[1:], strict=False)):
+        if any(a < b for a, b in pairwise(warmup)):
             raise ValueError(
                 f"schedule.warmup is {list(warmup)}, wanted depths that fall toward the last stage"
             )

@@ -21,9 +21,9 @@ from colledge.profiles import ModelProfile, PoolProfile, PowerMode
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
-from colledge.units import Bytes, BytesPerSecond, Seconds
+from colledge.settings import Emulation, OptimizerSettings, Precision
+from colledge.units import Bytes, Seconds
 
-Precision = Literal["float64", "float32", "bfloat16"]
 Objective = Literal["energy", "time", "energy-delay"]
 
 _PATH_KEYS = ("model", "data.train", "pool", "output")
@@ -42,27 +42,6 @@ class BatchConfig(Record):
     global_size: int = Field(default=16, ge=1, strict=True)
 
 
-class OptimizerConfig(Record):
-    """The optimizer, as torch.optim names its settings; `gradient_clipping` is the largest global norm.
-
-    `betas` and `eps` are read by adamw, `momentum` by sgd.
-    """
-
-    name: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(default=5e-5, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    momentum: float = Field(default=0.0, ge=0, lt=1)
-    gradient_clipping: float | None = Field(default=None, gt=0)
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerConfig:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers in [0, 1)")
-        return self
-
-
 class RunConfig(Record):
     """run.yaml: one training run.
 
@@ -75,7 +54,7 @@ class RunConfig(Record):
     data: DataConfig
     method: Literal["full"] = "full"
     batch: BatchConfig = BatchConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(default=100, ge=1, strict=True)
     precision: Precision = "float32"
     seed: int = Field(default=0, ge=0, strict=True)
@@ -110,14 +89,6 @@ class PowerConfig(Record):
     communicate_w: float = Field(ge=0)
 
 
-class EmulateConfig(Record):
-    """Makes a device rehearse a slower one: compute stretched by `slowdown`, sends paced and delayed."""
-
-    slowdown: float = Field(default=1.0, ge=1)
-    bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="bandwidth", gt=0)
-    latency_s: Seconds = Field(default=0.0, alias="latency", ge=0)
-
-
 # Placeholders for a device without `power`: a mini PC, and a desktop with a GPU. They only make plans
 # comparable; every figure that rests on them says `modelled`.
 _PLACEHOLDER_CPU = PowerMode(name="default", idle_w=5, compute_w=20, communicate_w=8, source="modelled")
@@ -136,7 +107,7 @@ class DeviceConfig(Record):
     threads: int | None = Field(default=None, ge=1, strict=True)
     memory_bytes: Bytes | None = Field(default=None, alias="memory", gt=0)
     power: PowerConfig | None = None
-    emulate: EmulateConfig = EmulateConfig()
+    emulate: Emulation = Emulation()
 
     def power_mode(self) -> PowerMode:
         """Return the declared watts, or a placeholder whose source is `modelled`."""

@@ -13,7 +13,7 @@ import torch
 
 from colledge.errors import ColledgeError
 from colledge.parallel import DeviceWorker
-from colledge.parallel.world import DEFAULT_TIMEOUT_S, join_world, leave_world
+from colledge.parallel.world import join_world, leave_world, timeout_from_environment
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     )  # Ctrl-C reaches the whole terminal; the coordinator ends the run
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
-        world = join_world(float(os.environ.get("COLLEDGE_TIMEOUT_S", DEFAULT_TIMEOUT_S)))
+        world = join_world(timeout_from_environment())
         DeviceWorker(world).serve()
     except ColledgeError as fault:
         print(f"colledge worker: {fault}", file=sys.stderr, flush=True)

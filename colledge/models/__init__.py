@@ -1,7 +1,7 @@
 """Models as ordered lists of named layers, so that any half-open range of them can be one pipeline stage."""
 
 from colledge.models.huggingface import HuggingFaceCausalLM
-from colledge.models.layered import LayeredModel, ModelSpec, Precision, StageModule, build_model
+from colledge.models.layered import LayeredModel, ModelSpec, StageModule, build_model
 from colledge.models.sharding import ShardOps, Slice
 from colledge.models.weights import SafetensorsDirectory
 
@@ -9,7 +9,6 @@ __all__ = [
     "HuggingFaceCausalLM",
     "LayeredModel",
     "ModelSpec",
-    "Precision",
     "SafetensorsDirectory",
     "ShardOps",
     "Slice",

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 from colledge.models.sharding import ShardOps, Slice
 from colledge.records import Record
 
-Precision = Literal["float64", "float32", "bfloat16"]
-
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
     "float32": torch.float32,

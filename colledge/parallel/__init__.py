@@ -2,8 +2,10 @@
 
 from colledge.parallel.device import DeviceWorker
 from colledge.parallel.engine import Engine, EngineSettings, StepRecord
-from colledge.parallel.setup import Emulation, OptimizerSettings, RouteEstimate
+from colledge.parallel.setup import RouteEstimate
 from colledge.parallel.wire import Message, Wire
+from colledge.parallel.world import World
+from colledge.settings import Emulation, OptimizerSettings
 
 __all__ = [
     "DeviceWorker",
@@ -15,4 +17,5 @@ __all__ = [
     "RouteEstimate",
     "StepRecord",
     "Wire",
+    "World",
 ]

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from colledge.data.batch import Batch
 from colledge.errors import ColledgeError, ConfigError, DeviceError, ModelError
-from colledge.models.layered import DTYPES, LayeredModel, Precision
+from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES
 from colledge.parallel.device import worker_fault
-from colledge.parallel.setup import DeviceSetup, Emulation, OptimizerSettings, RouteEstimate
+from colledge.parallel.setup import DeviceSetup, RouteEstimate
 from colledge.parallel.wire import Message, Wire
 from colledge.plan import Place, Plan
+from colledge.settings import Emulation, OptimizerSettings, Precision
 
 State = dict[str, dict[str, Tensor]]
 _AFTER_A_FAULT_S = 5.0

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
@@ -25,6 +28,30 @@ class World:
     wire: Wire
 
 
+def timeout_from_environment() -> float:
+    """Return the deadline of waits in seconds: COLLEDGE_TIMEOUT_S, or five minutes."""
+    return float(os.environ.get("COLLEDGE_TIMEOUT_S", DEFAULT_TIMEOUT_S))
+
+
+def _choose_interface(address: str) -> None:
+    """Make gloo listen only on the interface that leads to an address, unless the user named one.
+
+    Gloo would otherwise bind to whatever this host's name resolves to.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((address, 9))  # sends nothing: it only asks the kernel for the route
+            own = probe.getsockname()[0]
+        except OSError:
+            return
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
 def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Join the world of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
@@ -35,6 +62,7 @@ def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         LaunchError: The others cannot be reached.
     """
     limit = timedelta(seconds=timeout_s)
+    _choose_interface(os.environ.get("MASTER_ADDR", "127.0.0.1"))
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)

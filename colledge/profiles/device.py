@@ -22,6 +22,14 @@ class PowerMode(Record):
     communicate_w: float = Field(ge=0)
     source: Source
 
+    def joules(self, step_s: float, compute_s: float, communicate_s: float) -> float:
+        """Return the energy of a step: idle all through, more while it computes or communicates."""
+        return (
+            self.idle_w * step_s
+            + (self.compute_w - self.idle_w) * compute_s
+            + (self.communicate_w - self.idle_w) * communicate_s
+        )
+
 
 class DeviceProfile(Record):
     """One device. Devices of one `kind` share timings.

@@ -3,6 +3,21 @@
 from colledge.schedule.action import Action, ActionKind
 from colledge.schedule.generate import compute_order
 from colledge.schedule.lower import Schedule, lower, plan_schedule
+from colledge.schedule.simulate import Costs, DeviceTimes, Span, Timeline, Transfer, simulate
 from colledge.schedule.validate import validate
 
-__all__ = ["Action", "ActionKind", "Schedule", "compute_order", "lower", "plan_schedule", "validate"]
+__all__ = [
+    "Action",
+    "ActionKind",
+    "Costs",
+    "DeviceTimes",
+    "Schedule",
+    "Span",
+    "Timeline",
+    "Transfer",
+    "compute_order",
+    "lower",
+    "plan_schedule",
+    "simulate",
+    "validate",
+]

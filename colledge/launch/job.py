@@ -1,0 +1,103 @@
+"""A run's output folder: which file lies where, and the job that its coordinator reads.
+
+out/
+  job.json                                   what the coordinator is to do
+  pool-profile.json  model-profile.json      measured
+  plan.json  planning.json                   decided; why
+  metrics.jsonl  checkpoint-<step>/  model/  happened
+  report.json  report.html                   compared
+  logs/<device>.log  error.json              what went wrong
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from colledge.launch.run_config import PoolConfig, RunConfig
+from colledge.records import Record
+
+
+class Job(Record):
+    """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder."""
+
+    schema_tag: Literal["colledge/job/1"] = Field(default="colledge/job/1", alias="schema")
+    kind: Literal["profile", "train"]
+    run: RunConfig
+    pool: PoolConfig
+    model: Path
+    devices: tuple[str, ...]
+    output: Path
+    resume: bool = False
+
+
+class Failure(Record):
+    """error.json: what ended the coordinator."""
+
+    message: str
+    fix: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """The files of a run."""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        """What the coordinator is to do."""
+        return self.path / "job.json"
+
+    @property
+    def failure(self) -> Path:
+        """What ended the coordinator."""
+        return self.path / "error.json"
+
+    @property
+    def pool_profile(self) -> Path:
+        """The measured devices and links."""
+        return self.path / "pool-profile.json"
+
+    @property
+    def model_profile(self) -> Path:
+        """The measured layers."""
+        return self.path / "model-profile.json"
+
+    @property
+    def plan(self) -> Path:
+        """The plan that was decided."""
+        return self.path / "plan.json"
+
+    @property
+    def planning(self) -> Path:
+        """The planner's whole answer: families, frontier, bounds, reasons."""
+        return self.path / "planning.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, a Hugging Face folder."""
+        return self.path / "model"
+
+    @property
+    def report_json(self) -> Path:
+        """Predicted against measured, for programs."""
+        return self.path / "report.json"
+
+    @property
+    def report_html(self) -> Path:
+        """Predicted against measured, for people."""
+        return self.path / "report.html"
+
+    def log(self, name: str) -> Path:
+        """Return where a process's output goes."""
+        return self.path / "logs" / f"{name}.log"

@@ -1,0 +1,201 @@
+"""What no plan can beat: two linear programs over layer x device, and the closed form that prunes the search.
+
+The linear programs let every device compute any share of any layer at its best measured rate, with free
+communication, no bubbles and no memory limit. The closed form bounds one candidate from the durations of its
+stages; it is never above what the simulator finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import highspy
+import numpy as np
+import numpy.typing as npt
+
+from colledge.planner.cost import PoolCosts
+from colledge.planner.request import PlanBounds, PlanningRequest
+
+Array = npt.NDArray[np.float64]
+
+_MOST_SAMPLES_TRIED = 256
+_MOST_DEVICES_BY_SUBSET = 6
+
+
+@dataclass(frozen=True)
+class StageArrays:
+    """Durations of one pipeline stage over many candidates (the arrays of one call broadcast together).
+
+    `forward_min_s` .. over the stage's replicas; `busy_s` is the slowest replica's forward plus backward,
+    `tail_s` what follows its last backward, `dynamic_joules` the energy above the floor that every second costs.
+    """
+
+    forward_min_s: Array
+    forward_max_s: Array
+    backward_min_s: Array
+    busy_s: Array
+    tail_s: Array
+    dynamic_joules: Array
+
+
+@dataclass(frozen=True)
+class HopArrays:
+    """Transfers between a stage and the next: the least for one message, and a step's bytes over all bandwidth."""
+
+    forward_first_s: Array
+    forward_total_s: Array
+    backward_first_s: Array
+    backward_total_s: Array
+    waits_for_all: bool
+
+
+def step_lower_bound(
+    stages: Sequence[StageArrays], hops: Sequence[HopArrays], num_microbatches: int, one_medium: bool
+) -> Array:
+    """Return a lower bound of step_s for each candidate.
+
+    Each stage cannot start before the first micro-batch reaches it, computes all micro-batches, and is followed
+    by the way back of the last one. Each boundary carries its bytes between those two.
+
+    Args:
+        stages: Durations of each stage.
+        hops: Transfers between adjacent stages.
+        num_microbatches: Micro-batches in a step.
+        one_medium: Whether all transfers share one medium.
+    """
+    last = len(stages) - 1
+    start: list[Array] = [np.zeros(())]
+    for stage, hop in zip(stages, hops, strict=False):
+        fill = stage.forward_max_s if hop.waits_for_all else stage.forward_min_s
+        start.append(start[-1] + fill + hop.forward_first_s)
+    end: list[Array] = [stages[0].tail_s]
+    for before, hop, stage in zip(stages, hops, stages[1:], strict=False):
+        end.append(np.maximum(stage.tail_s, hop.backward_first_s + before.backward_min_s + end[-1]))
+    round_trip = [stages[last].forward_min_s + stages[last].backward_min_s]
+    for stage, hop in zip(reversed(stages[:-1]), reversed(hops), strict=True):
+        way = hop.forward_first_s + hop.backward_first_s
+        round_trip.insert(0, stage.forward_min_s + way + round_trip[0] + stage.backward_min_s)
+    bound = np.zeros(())
+    for s, stage in enumerate(stages):
+        bound = np.maximum(bound, start[s] + num_microbatches * stage.busy_s + end[s])
+    for s, hop in enumerate(hops):
+        out = start[s] + stages[s].forward_min_s + hop.forward_total_s + round_trip[s + 1] + end[s + 1]
+        back = start[s + 1] + round_trip[s + 1] + hop.backward_total_s + stages[s].backward_min_s + end[s]
+        bound = np.maximum(bound, np.maximum(out, back))
+    if one_medium and hops:
+        carried = sum((hop.forward_total_s + hop.backward_total_s for hop in hops), np.zeros(()))
+        after = np.asarray(np.inf)
+        for stage, rest in zip(stages, end, strict=True):
+            after = np.minimum(after, stage.backward_min_s + rest)
+        bound = np.maximum(bound, stages[0].forward_min_s + carried + after)
+    return bound
+
+
+def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:
+    """Return the least step time and the least energy that any plan could reach.
+
+    The time is the answer of min T: sum_d x[l,d] = B for each layer l, sum_l t[l,d] x[l,d] <= T for each device
+    d. The energy has the same constraints, the deadline, and the devices' watts in its objective; under marginal
+    accounting it is the least over device subsets (pools of up to six devices; then idle energy is left out).
+    """
+    program = _Program(costs, request)
+    everyone = program.devices
+    step_s = program.solve(everyone, energy=False)
+    assert step_s is not None
+    deadline = request.deadline_step_s
+    if deadline is not None and deadline < step_s:
+        deadline = None
+    if request.accounting == "whole-pool":
+        joules = program.solve(everyone, energy=True, deadline_s=deadline)
+    elif len(everyone) > _MOST_DEVICES_BY_SUBSET:
+        joules = program.solve(everyone, energy=True, deadline_s=deadline, floor=False)
+    else:
+        subsets = [
+            [d for i, d in enumerate(everyone) if mask >> i & 1] for mask in range(1, 2 ** len(everyone))
+        ]
+        found = [program.solve(subset, energy=True, deadline_s=deadline) for subset in subsets]
+        joules = min((value for value in found if value is not None), default=0.0)
+    # The solver's tolerance must not lift a bound above a plan that reaches it.
+    return PlanBounds(
+        step_s=max(0.0, step_s * (1 - 1e-7)), energy_joules_per_step=max(0.0, (joules or 0.0) * (1 - 1e-7))
+    )
+
+
+class _Program:
+    """Builds and solves the linear programs of one pool and model."""
+
+    def __init__(self, costs: PoolCosts, request: PlanningRequest) -> None:
+        self.costs, self.batch = costs, request.global_batch_size
+        self.devices = [d.id for d in costs.pool.devices if d.id not in request.must_not_use]
+        self.whole_pool = request.accounting == "whole-pool"
+        kinds = [(layer.kind, layer.tensor is not None) for layer in costs.model.layers]
+        self.kinds = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+        self.first = {kind: kinds.index(kind) for kind in self.kinds}
+        counts = {row.samples for row in costs.model.timings if row.samples <= self.batch}
+        self.samples = sorted({*range(1, min(self.batch, _MOST_SAMPLES_TRIED) + 1), *counts, self.batch})
+        self.best: dict[tuple[str, str, str, bool], float] = {}
+
+    def _best_s(self, device: str, mode: str, kind: tuple[str, bool]) -> float:
+        """Return the fewest seconds a sample of a layer that any sample count and fraction gives."""
+        key = (self.costs.pool.device(device).kind, mode, *kind)
+        if key not in self.best:
+            units = self.costs.model.shard_units if kind[1] else 1
+            fractions = [u / units for u in range(1, units + 1)]
+            layer = self.first[kind]
+            self.best[key] = min(
+                self.costs.layer_s(device, mode, layer, n, f) / (n * f)
+                for n in self.samples
+                for f in fractions
+            )
+        return self.best[key]
+
+    def _columns(self, device: str) -> list[tuple[tuple[str, bool], float, float]]:
+        """Return (layer kind, seconds a sample, watts) for each mode that was timed."""
+        profile = self.costs.pool.device(device)
+        modes = [mode for mode in profile.modes if self.costs.has_mode(device, mode.name)] or [
+            profile.modes[0]
+        ]
+        return [(k, self._best_s(device, mode.name, k), mode.compute_w) for mode in modes for k in self.kinds]
+
+    def solve(
+        self, devices: Sequence[str], *, energy: bool, deadline_s: float | None = None, floor: bool = True
+    ) -> float | None:
+        """Return the optimum over shares x and step time T, or None where the deadline cannot be met."""
+        solver = highspy.Highs()
+        solver.setOptionValue("output_flag", False)
+        solver.setOptionValue("threads", 1)
+        infinity = highspy.kHighsInf
+        idle_w, kinds = 0.0, list(self.kinds)
+        shares: list[list[int]] = [[] for _ in kinds]
+        loads: list[tuple[list[int], list[float]]] = []
+        solver.addVar(0.0, infinity if deadline_s is None else deadline_s)
+        column = 1
+        for device in devices:
+            modes = self.costs.pool.device(device).modes
+            floor_w = min(min(m.idle_w, m.compute_w, m.communicate_w) for m in modes) if floor else 0.0
+            idle_w += floor_w
+            indices, seconds = [], []
+            for kind, second, watts in self._columns(device):
+                solver.addVar(0.0, infinity)
+                if energy:
+                    solver.changeColCost(column, second * (watts - floor_w))
+                shares[kinds.index(kind)].append(column)
+                indices.append(column)
+                seconds.append(second)
+                column += 1
+            loads.append((indices, seconds))
+        if self.whole_pool:
+            left_out = [d for d in self.costs.pool.devices if d.id not in devices]
+            idle_w += sum(d.modes[0].idle_w for d in left_out)
+        solver.changeColCost(0, idle_w if energy else 1.0)
+        for kind, columns in zip(kinds, shares, strict=True):
+            samples = float(self.batch * self.kinds[kind])
+            solver.addRow(samples, samples, len(columns), np.array(columns), np.ones(len(columns)))
+        for indices, seconds in loads:
+            row, values = np.array([0, *indices]), np.array([-1.0, *seconds])
+            solver.addRow(-infinity, 0.0, len(row), row, values)
+        solver.run()
+        if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        return float(solver.getObjectiveValue())

@@ -1,0 +1,241 @@
+"""Seconds of computing and sending, from what was measured: the simulator's `Costs` for a pool and a model.
+
+Timings are interpolated piecewise-linearly in samples and in shard fraction. Beyond the largest sample count the
+last line goes on; below the smallest the first line goes on, but never below zero (one measurement alone is
+scaled in proportion). Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+from colledge.errors import ConfigError
+from colledge.plan import Shard
+from colledge.profiles import LayerProfile, ModelProfile, PoolProfile, Route
+
+_Points = list[tuple[float, float]]
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Return the piecewise-linear value at `x` of points (x, y) sorted by x, continued at both ends, at least 0."""
+    if len(points) == 1:
+        return points[0][1] * x / points[0][0]
+    right = min(max(bisect_left(points, (x,)), 1), len(points) - 1)
+    (x0, y0), (x1, y1) = points[right - 1], points[right]
+    return max(0.0, y0 + (y1 - y0) * (x - x0) / (x1 - x0))
+
+
+class _LayerTimes:
+    """The timings of one layer kind on one device kind and mode."""
+
+    def __init__(self) -> None:
+        self.forward: dict[float, _Points] = {}
+        self.backward: dict[float, _Points] = {}
+        self.update: dict[float, float] = {}
+
+    def seconds(self, samples: int, fraction: float) -> tuple[float, float]:
+        """Return forward and backward seconds."""
+        forward, backward = (
+            interpolate([(f, interpolate(points, samples)) for f, points in table.items()], fraction)
+            for table in (self.forward, self.backward)
+        )
+        return forward, backward
+
+    def update_s(self, fraction: float) -> float:
+        """Return the optimizer update's seconds; the largest measured, since it does not depend on samples."""
+        return interpolate(list(self.update.items()), fraction)
+
+
+_TimesKey = tuple[str, str, str]
+
+
+def _read_timings(model: ModelProfile) -> dict[_TimesKey, _LayerTimes]:
+    tables: dict[_TimesKey, _LayerTimes] = {}
+    for row in sorted(model.timings, key=lambda row: (row.shard_fraction, row.samples)):
+        times = tables.setdefault((row.device_kind, row.mode, row.layer_kind), _LayerTimes())
+        fraction = row.shard_fraction
+        forward = times.forward.setdefault(fraction, [])
+        if forward and forward[-1][0] == row.samples:
+            raise ConfigError(
+                f"model profile: two timings of layer kind {row.layer_kind!r} on device kind {row.device_kind!r}, "
+                f"mode {row.mode!r}, samples {row.samples}, shard_fraction {fraction:g}.",
+                fix="keep one of them.",
+            )
+        forward.append((row.samples, row.forward_s))
+        times.backward.setdefault(fraction, []).append((row.samples, row.backward_s))
+        times.update[fraction] = max(times.update.get(fraction, 0.0), row.update_s)
+    return tables
+
+
+def find_ties(layers: Sequence[LayerProfile]) -> tuple[tuple[int, int], ...]:
+    """Return the pairs (earlier, later) of layers that share a weight, as indices."""
+    index = {layer.name: number for number, layer in enumerate(layers)}
+    pairs = (
+        sorted((index[layer.tied_to], number))
+        for number, layer in enumerate(layers)
+        if layer.tied_to is not None and layer.tied_to != layer.name
+    )
+    return tuple((a, b) for a, b in pairs)
+
+
+def shared_bytes(layers: Sequence[LayerProfile], tie: tuple[int, int]) -> tuple[int, int]:
+    """Return the bytes of a tied weight, and how many of them train."""
+    a, b = layers[tie[0]], layers[tie[1]]
+    parameters = min(a.parameter_bytes, b.parameter_bytes)
+    return parameters, min(parameters, a.trainable_parameter_bytes, b.trainable_parameter_bytes)
+
+
+class PoolCosts:
+    """What computing and sending take for one model on one pool; implements `colledge.schedule.Costs`."""
+
+    def __init__(self, pool: PoolProfile, model: ModelProfile) -> None:
+        self.pool, self.model = pool, model
+        self._times = _read_timings(model)
+        self._ties = find_ties(model.layers)
+        self._modes = {device.id: device.modes[0].name for device in pool.devices}
+        self.prefix_s = lru_cache(maxsize=None)(self._prefix_s)
+        self.update_prefix_s = lru_cache(maxsize=None)(self._update_prefix_s)
+        self.allreduce_prefix_s = lru_cache(maxsize=None)(self._allreduce_prefix_s)
+
+    @property
+    def ties(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of layers (earlier, later) that train one shared weight."""
+        return tuple(tie for tie in self._ties if shared_bytes(self.model.layers, tie)[1] > 0)
+
+    def has_mode(self, device: str, mode: str) -> bool:
+        """Return whether every layer kind was timed on the device's kind in that mode."""
+        kind = self.pool.device(device).kind
+        return all((kind, mode, layer.kind) in self._times for layer in self.model.layers)
+
+    def layer_s(self, device: str, mode: str | None, layer: int, samples: int, fraction: float) -> float:
+        """Return forward plus backward seconds of one layer; a layer without tensor split ignores `fraction`."""
+        profile = self.model.layers[layer]
+        kind, name = self.pool.device(device).kind, mode or self._modes[device]
+        return sum(
+            self._table(kind, name, profile.kind).seconds(samples, fraction if profile.tensor else 1.0)
+        )
+
+    def _table(self, kind: str, mode: str, layer_kind: str) -> _LayerTimes:
+        found = self._times.get((kind, mode, layer_kind))
+        if found is None:
+            modes = sorted({m for k, m, layer in self._times if k == kind and layer == layer_kind})
+            there = f"there are rows for mode {', '.join(modes)}" if modes else "there are none for this kind"
+            raise ConfigError(
+                f"no timings of layer kind {layer_kind!r} on device kind {kind!r} in power mode {mode!r} "
+                f"({there}).",
+                fix="measure it with `colledge profile`, or keep the device out with must_not_use.",
+            )
+        return found
+
+    def _prefix_s(
+        self, kind: str, mode: str, samples: int, fraction: float
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return forward and backward seconds of layers [0, i), for i = 0 .. num_layers."""
+        known: dict[tuple[str, float], tuple[float, float]] = {}
+        rows = []
+        for layer in self.model.layers:
+            key = (layer.kind, fraction if layer.tensor else 1.0)
+            if key not in known:
+                known[key] = self._table(kind, mode, layer.kind).seconds(samples, key[1])
+            rows.append(known[key])
+        return (
+            tuple(accumulate((f for f, _ in rows), initial=0.0)),
+            tuple(accumulate((b for _, b in rows), initial=0.0)),
+        )
+
+    def _update_prefix_s(self, kind: str, mode: str, fraction: float) -> tuple[float, ...]:
+        """Return update seconds of layers [0, i), for i = 0 .. num_layers."""
+        updates = (
+            self._table(kind, mode, layer.kind).update_s(fraction if layer.tensor else 1.0)
+            for layer in self.model.layers
+        )
+        return tuple(accumulate(updates, initial=0.0))
+
+    def key(self, shard: Shard) -> tuple[str, str]:
+        """Return the device kind and power mode that time a shard."""
+        return self.pool.device(shard.device).kind, shard.mode or self._modes[shard.device]
+
+    def compute_s(self, layers: tuple[int, int], shard: Shard, samples: int) -> tuple[float, float]:
+        """Return the forward and backward seconds of one shard for `samples` rows, without all-reduces."""
+        if samples == 0:
+            return 0.0, 0.0
+        forward, backward = self.prefix_s(*self.key(shard), samples, shard.fraction)
+        start, stop = layers
+        return max(0.0, forward[stop] - forward[start]), max(0.0, backward[stop] - backward[start])
+
+    def update_s(self, layers: tuple[int, int], shard: Shard) -> float:
+        """Return the seconds of one shard's optimizer update."""
+        updates = self.update_prefix_s(*self.key(shard), shard.fraction)
+        return max(0.0, updates[layers[1]] - updates[layers[0]])
+
+    def allreduce_s(self, devices: tuple[str, ...], num_bytes: float) -> float:
+        """Return the seconds of a ring all-reduce: 2(n-1) rounds in which each member passes 1/n of the bytes on.
+
+        Hops of the ring that go through one medium share its bandwidth.
+        """
+        n = len(devices)
+        if n == 1:
+            return 0.0
+        latency_s, bandwidth = self.ring(devices)
+        return 2 * (n - 1) * latency_s + 2 * (n - 1) / n * num_bytes / bandwidth
+
+    def ring(self, devices: tuple[str, ...]) -> tuple[float, float]:
+        """Return the largest latency, and the smallest bandwidth that a hop of the ring over `devices` gets."""
+        routes = [self.route(a, b) for a, b in zip(devices, (*devices[1:], devices[0]), strict=True)]
+        media = [route.medium for route in routes]
+        return (
+            max(route.latency_s for route in routes),
+            min(route.bandwidth_bytes_per_s / media.count(route.medium) for route in routes),
+        )
+
+    def _allreduce_prefix_s(
+        self, devices: tuple[str, ...], samples: int
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return forward and backward all-reduce seconds of layers [0, i), for i = 0 .. num_layers."""
+        forward, backward = [], []
+        for layer in self.model.layers:
+            tensor = layer.tensor
+            once = self.allreduce_s(devices, tensor.allreduce_bytes_per_sample * samples) if tensor else 0.0
+            forward.append(tensor.forward_allreduces * once if tensor else 0.0)
+            backward.append(tensor.backward_allreduces * once if tensor else 0.0)
+        return tuple(accumulate(forward, initial=0.0)), tuple(accumulate(backward, initial=0.0))
+
+    def inner_allreduce_s(
+        self, layers: tuple[int, int], devices: tuple[str, ...], samples: int
+    ) -> tuple[float, float]:
+        """Return the seconds of a replica's tensor-parallel all-reduces in one forward and one backward."""
+        if len(devices) == 1 or samples == 0:
+            return 0.0, 0.0
+        forward, backward = self.allreduce_prefix_s(devices, samples)
+        start, stop = layers
+        return max(0.0, forward[stop] - forward[start]), max(0.0, backward[stop] - backward[start])
+
+    def sync_bytes(self, layers: tuple[int, int], fraction: float) -> float:
+        """Return the gradient bytes of a shard's SYNC: a weight tied within the stage once, one tied beyond it not."""
+        start, stop = layers
+        trains = {i: self.model.layers[i].trainable_parameter_bytes for i in range(start, stop)}
+        for tie in self.ties:
+            owner = next((layer for layer in reversed(tie) if layer in trains), None)
+            if owner is not None:
+                trains[owner] = max(0, trains[owner] - shared_bytes(self.model.layers, tie)[1])
+        return sum(size * (fraction if self.model.layers[i].tensor else 1.0) for i, size in trains.items())
+
+    def sync_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
+        """Return the seconds of the gradient all-reduce of shards of that fraction, tied weights left out."""
+        num_bytes = self.sync_bytes(layers, fraction)
+        return self.allreduce_s(devices, num_bytes) if num_bytes > 0 else 0.0
+
+    def tie_s(self, tie: tuple[int, int], devices: tuple[str, ...]) -> float:
+        """Return the seconds of the all-reduce of a tied weight's gradient."""
+        return self.allreduce_s(devices, shared_bytes(self.model.layers, tie)[1])
+
+    def boundary_bytes(self, layer: int) -> int:
+        """Return the bytes a sample that a pipeline boundary after `layer` carries."""
+        return self.model.layers[layer].output_bytes_per_sample
+
+    def route(self, source: str, target: str) -> Route:
+        """Return how bytes travel from one device to another."""
+        return self.pool.route(source, target)

@@ -1,0 +1,56 @@
+"""What is asked of the planner and what it answers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from colledge.plan import Plan
+from colledge.records import Record
+
+Objective = Literal["energy", "time", "energy-delay"]
+Accounting = Literal["whole-pool", "marginal"]
+Family = Literal["single", "data", "pipeline", "tensor", "hybrid"]
+
+FAMILIES: tuple[Family, ...] = ("single", "data", "pipeline", "tensor", "hybrid")
+
+
+class PlanningRequest(Record):
+    """What the user wants.
+
+    `deadline_step_s` bounds the step; `optimizer_state_factor` is bytes of optimizer state a byte of trainable
+    parameter (AdamW 2, SGD 0). `accounting` says whose idle energy the objective counts: the whole pool's, or
+    only that of the devices that a plan uses.
+    """
+
+    global_batch_size: int = Field(ge=1)
+    objective: Objective = "energy"
+    deadline_step_s: float | None = Field(default=None, gt=0)
+    must_use: tuple[str, ...] = ()
+    must_not_use: tuple[str, ...] = ()
+    optimizer_state_factor: float = Field(default=2.0, ge=0)
+    accounting: Accounting = "whole-pool"
+
+
+class PlanBounds(Record):
+    """What no plan can beat: linear programs at the best measured rates, communication free, no bubbles."""
+
+    step_s: float = Field(ge=0)
+    energy_joules_per_step: float = Field(ge=0)
+
+
+class PlanningResult(Record):
+    """The planner's answer; every plan in it carries its prediction.
+
+    `families` has the best plan of each kind of parallelism that fits; `frontier` the plans, among those
+    simulated, that nothing simulated beats in both time and energy, fastest first; `reasons` says in words why
+    `best` won.
+    """
+
+    best: Plan
+    families: dict[str, Plan]
+    frontier: tuple[Plan, ...]
+    bounds: PlanBounds
+    reasons: tuple[str, ...]
+    planning_s: float = Field(ge=0)

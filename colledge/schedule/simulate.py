@@ -1,0 +1,412 @@
+"""What a step costs in time: run a plan's schedule on paper, with the costs that somebody else knows.
+
+The acting entity is a replica; its shards move in lock-step. A computation takes as long as its slowest shard,
+plus the all-reduces inside it. A send never waits: each message enters the queue of its medium (a directed link,
+or a segment that several devices share), holds it for bytes / bandwidth, and arrives a latency later. A receive
+waits for every message of its micro-batch. At the end a stage's replicas all-reduce their gradients, stages
+that share a tied weight all-reduce that, and every shard updates.
+
+    stage 0  F0 F1 B0 .... sends F0 ──medium──> stage 1 waits for all rows of F0 ...  SYNC  STEP
+
+Deterministic and exact for this model of the world; it knows nothing of watts or memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from heapq import heapify, heappop, heappush
+from typing import Protocol
+
+from colledge.plan import Plan, Shard
+from colledge.profiles import Route
+from colledge.schedule.action import Action, ActionKind
+from colledge.schedule.generate import compute_order
+from colledge.schedule.lower import Schedule, lower
+
+Interval = tuple[float, float]
+
+
+class Costs(Protocol):
+    """What the simulator asks. `layers` is a half-open range; all answers are in seconds or bytes."""
+
+    @property
+    def ties(self) -> tuple[tuple[int, int], ...]:
+        """Pairs of layers (earlier, later) that train one shared weight."""
+
+    def compute_s(self, layers: tuple[int, int], shard: Shard, samples: int) -> tuple[float, float]:
+        """Return the forward and backward seconds of one shard for `samples` rows, without all-reduces."""
+
+    def update_s(self, layers: tuple[int, int], shard: Shard) -> float:
+        """Return the seconds of one shard's optimizer update."""
+
+    def inner_allreduce_s(
+        self, layers: tuple[int, int], devices: tuple[str, ...], samples: int
+    ) -> tuple[float, float]:
+        """Return the seconds of a replica's tensor-parallel all-reduces in one forward and one backward."""
+
+    def sync_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
+        """Return the seconds of the gradient all-reduce of shards of that fraction, tied weights left out."""
+
+    def tie_s(self, tie: tuple[int, int], devices: tuple[str, ...]) -> float:
+        """Return the seconds of the all-reduce of a tied weight's gradient."""
+
+    def boundary_bytes(self, layer: int) -> int:
+        """Return the bytes a sample that a pipeline boundary after `layer` carries."""
+
+    def route(self, source: str, target: str) -> Route:
+        """Return how bytes travel from one device to another."""
+
+
+@dataclass(frozen=True)
+class DeviceTimes:
+    """A device's step, in seconds: compute_s + communicate_s + idle_s = step_s.
+
+    `communicate_s` is time in which the device computes nothing while a transfer of its own or a collective
+    that it takes part in is in progress.
+    """
+
+    compute_s: float
+    communicate_s: float
+    idle_s: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """An action of a replica, from start to end; a receive's span is its wait."""
+
+    action: Action
+    replica_index: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A message between two devices, from entering its medium to its arrival."""
+
+    source: str
+    target: str
+    medium: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A simulated step. `spans` and `transfers` are empty unless they were asked for."""
+
+    step_s: float
+    devices: dict[str, DeviceTimes]
+    spans: tuple[Span, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
+
+
+def simulate(plan: Plan, costs: Costs, *, record: bool = False) -> Timeline:
+    """Return the timeline of one step of a plan.
+
+    Args:
+        plan: The plan; its schedule is the one that the engine runs.
+        costs: What computing and sending take.
+        record: Keep every action and transfer, for a picture; slower.
+
+    Raises:
+        ConfigError: `costs` lacks a timing or a route that the plan needs.
+    """
+    run = _Run(plan, costs, record)
+    run.pipeline()
+    run.synchronize()
+    return run.timeline()
+
+
+_FORWARD, _BACKWARD, _SEND, _RECEIVE, _END = range(5)
+_CODES = {
+    ActionKind.FORWARD: (_FORWARD, 0),
+    ActionKind.BACKWARD: (_BACKWARD, 0),
+    ActionKind.SEND_FORWARD: (_SEND, 0),
+    ActionKind.SEND_BACKWARD: (_SEND, 1),
+    ActionKind.RECEIVE_FORWARD: (_RECEIVE, 0),
+    ActionKind.RECEIVE_BACKWARD: (_RECEIVE, 1),
+    ActionKind.SYNC: (_END, 0),
+    ActionKind.STEP: (_END, 0),
+}
+_Script = tuple[tuple[int, int, int], ...]
+
+
+@lru_cache(maxsize=512)
+def _scripts(warmup: tuple[int, ...], num_microbatches: int) -> tuple[Schedule, tuple[_Script, ...]]:
+    """Return the schedule and, a stage, its actions as (code, 0 forward or 1 backward, micro-batch)."""
+    schedule = lower(compute_order(warmup, num_microbatches), num_microbatches)
+    scripts = tuple(
+        tuple((*_CODES[action.kind], action.microbatch or 0) for action in stage) for stage in schedule.stages
+    )
+    return schedule, scripts
+
+
+@dataclass(slots=True)
+class _Message:
+    medium: int
+    occupies_s: float
+    latency_s: float
+    receiver: int
+    source: str
+    target: str
+
+
+@dataclass(slots=True)
+class _Actor:
+    """A replica: what its computations take, and whom it sends to (forward, backward)."""
+
+    stage: int
+    index: int
+    devices: tuple[str, ...]
+    duration_s: tuple[float, float]
+    own_s: tuple[tuple[float, ...], ...]  # a shard: forward, backward and, at the end, update
+    slowest_s: tuple[float, float]
+    messages: tuple[list[_Message], list[_Message]]
+
+
+class _Run:
+    """The state of one simulated step."""
+
+    def __init__(self, plan: Plan, costs: Costs, record: bool) -> None:
+        self.plan, self.costs, self.record = plan, costs, record
+        self.num_microbatches = plan.num_microbatches
+        self.schedule, self.scripts = _scripts(plan.warmup_depths(), plan.num_microbatches)
+        self.media: dict[str, int] = {}
+        self.actors: list[_Actor] = []
+        self.first_actor: list[int] = []
+        for index in range(plan.num_stages):
+            self._add_stage(index)
+        for index in range(plan.num_stages - 1):
+            self._add_messages(index)
+        self.clock = [0.0] * len(self.actors)
+        self.log: list[list[tuple[int, float, float]]] = [[] for _ in self.actors]
+        self.collectives: dict[str, list[Interval]] = {device: [] for device in plan.devices}
+        self.spans: list[Span] = []
+        self.transfers: list[Transfer] = []
+
+    def _add_stage(self, index: int) -> None:
+        stage, costs = self.plan.stages[index], self.costs
+        self.first_actor.append(len(self.actors))
+        for r, replica in enumerate(stage.replicas):
+            devices = tuple(shard.device for shard in replica.shards)
+            times = [costs.compute_s(stage.layers, shard, replica.samples) for shard in replica.shards]
+            reduce_f, reduce_b = costs.inner_allreduce_s(stage.layers, devices, replica.samples)
+            slow_f, slow_b = max(f for f, _ in times), max(b for _, b in times)
+            if self.plan.recomputes(index):
+                times = [(f, f + b) for f, b in times]
+                slow_b, reduce_b = slow_f + slow_b, reduce_f + reduce_b
+            self.actors.append(
+                _Actor(
+                    stage=index,
+                    index=r,
+                    devices=devices,
+                    duration_s=(slow_f + reduce_f, slow_b + reduce_b),
+                    own_s=tuple(times),
+                    slowest_s=(slow_f, slow_b),
+                    messages=([], []),
+                )
+            )
+
+    def _add_messages(self, index: int) -> None:
+        """Join stage `index` and the next: rows travel between the replicas whose row ranges overlap."""
+        left, right = self.plan.stages[index], self.plan.stages[index + 1]
+        row_bytes = self.costs.boundary_bytes(left.layers[1] - 1)
+        for a, (a_start, a_stop) in enumerate(left.row_ranges, start=self.first_actor[index]):
+            for b, (b_start, b_stop) in enumerate(right.row_ranges, start=self.first_actor[index + 1]):
+                rows = min(a_stop, b_stop) - max(a_start, b_start)
+                if rows > 0:
+                    self._add_pair(a, b, 0, rows * row_bytes)
+                    self._add_pair(b, a, 1, rows * row_bytes)
+
+    def _add_pair(self, sender: int, receiver: int, direction: int, num_bytes: int) -> None:
+        """Each shard k of the receiver gets its copy from the sender's shard (k mod the sender's shards)."""
+        sources = self.actors[sender].devices
+        for k, target in enumerate(self.actors[receiver].devices):
+            source = sources[k % len(sources)]
+            route = self.costs.route(source, target)
+            medium = self.media.setdefault(route.medium, len(self.media))
+            occupies_s = num_bytes / route.bandwidth_bytes_per_s
+            self.actors[sender].messages[direction].append(
+                _Message(medium, occupies_s, route.latency_s, receiver, source, target)
+            )
+
+    def _contended(self) -> bool:
+        """Return whether two replicas send through one medium, so that sends must happen in order of time."""
+        user: dict[int, int] = {}
+        for number, actor in enumerate(self.actors):
+            for messages in actor.messages:
+                for message in messages:
+                    if user.setdefault(message.medium, number) != number:
+                        return True
+        return False
+
+    def _expected(self) -> list[int]:
+        """Return the messages still to come, a slot for each (replica, direction, micro-batch)."""
+        m = self.num_microbatches
+        expected = [0] * (len(self.actors) * 2 * m)
+        for actor in self.actors:
+            for direction in (0, 1):
+                for message in actor.messages[direction]:
+                    slot = (message.receiver * 2 + direction) * m
+                    for number in range(slot, slot + m):
+                        expected[number] += 1
+        return expected
+
+    def pipeline(self) -> None:
+        """Run every replica up to its SYNC; the replica whose clock is behind goes first."""
+        count = self.num_microbatches
+        expected, arrived_s = self._expected(), [0.0] * (len(self.actors) * 2 * count)
+        free_s = [0.0] * len(self.media)
+        contended, record = self._contended(), self.record
+        position, waits_for = [0] * len(self.actors), [-1] * len(self.actors)
+        clock, collectives = self.clock, self.collectives
+        media_names = list(self.media)
+        queue = [(0.0, number) for number in range(len(self.actors))]
+        heapify(queue)
+        while queue:
+            now, number = heappop(queue)
+            actor, log = self.actors[number], self.log[number]
+            script, at = self.scripts[actor.stage], position[number]
+            while True:
+                code, direction, microbatch = script[at]
+                if code <= _BACKWARD:
+                    end = now + actor.duration_s[code]
+                    log.append((at, now, end))
+                    now = end
+                elif code == _RECEIVE:
+                    slot = (number * 2 + direction) * count + microbatch
+                    if expected[slot]:
+                        waits_for[number], position[number], clock[number] = slot, at, now
+                        break
+                    start = now if waits_for[number] != slot else clock[number]
+                    now = max(now, arrived_s[slot])
+                    if record:
+                        log.append((at, start, now))
+                elif code == _SEND:
+                    if contended and queue and queue[0] < (now, number):
+                        position[number] = at
+                        heappush(queue, (now, number))
+                        break
+                    for message in actor.messages[direction]:
+                        start = max(now, free_s[message.medium])
+                        free_s[message.medium] = start + message.occupies_s
+                        end = start + message.occupies_s + message.latency_s
+                        collectives[message.source].append((start, end))
+                        collectives[message.target].append((start, end))
+                        if record:
+                            name = media_names[message.medium]
+                            self.transfers.append(Transfer(message.source, message.target, name, start, end))
+                        other = message.receiver
+                        slot = (other * 2 + direction) * count + microbatch
+                        expected[slot] -= 1
+                        arrived_s[slot] = max(arrived_s[slot], end)
+                        if not expected[slot] and waits_for[other] == slot:
+                            heappush(queue, (max(clock[other], arrived_s[slot]), other))
+                    if record:
+                        log.append((at, now, now))
+                else:
+                    clock[number] = now
+                    break
+                at += 1
+
+    def synchronize(self) -> None:
+        """Run SYNC (each stage's replicas, then tied weights) and STEP."""
+        reached = list(self.clock)
+        stages = self.plan.stages
+        for index, stage in enumerate(stages):
+            members = self._members(index)
+            if len(members) > 1:
+                fractions = stage.replicas[0].fractions
+                groups = [tuple(self.actors[n].devices[k] for n in members) for k in range(stage.num_shards)]
+                durations = [
+                    self.costs.sync_s(stage.layers, group, fraction)
+                    for group, fraction in zip(groups, fractions, strict=True)
+                ]
+                self._collective(members, groups, durations)
+        for tie in self.costs.ties:
+            owners = sorted({self._stage_of(layer) for layer in tie})
+            if len(owners) > 1:
+                members = [number for owner in owners for number in self._members(owner)]
+                group = tuple(device for number in members for device in self.actors[number].devices)
+                self._collective(members, [group], [self.costs.tie_s(tie, group)])
+        for number, actor in enumerate(self.actors):
+            stage = stages[actor.stage]
+            start, last = self.clock[number], len(self.scripts[actor.stage]) - 1
+            updates = [
+                self.costs.update_s(stage.layers, shard) for shard in stage.replicas[actor.index].shards
+            ]
+            actor.own_s = tuple((*own, update) for own, update in zip(actor.own_s, updates, strict=True))
+            self.clock[number] = start + max(updates)
+            self.log[number] += [(last - 1, reached[number], start), (last, start, self.clock[number])]
+
+    def _members(self, stage: int) -> list[int]:
+        first = self.first_actor[stage]
+        return list(range(first, first + len(self.plan.stages[stage].replicas)))
+
+    def _stage_of(self, layer: int) -> int:
+        return next(s for s, stage in enumerate(self.plan.stages) if layer < stage.layers[1])
+
+    def _collective(
+        self, members: Sequence[int], groups: Sequence[tuple[str, ...]], durations: Sequence[float]
+    ) -> None:
+        """Let all members wait for the last of them, then all groups reduce side by side."""
+        start = max(self.clock[number] for number in members)
+        for group, duration in zip(groups, durations, strict=True):
+            for device in group:
+                self.collectives[device].append((start, start + duration))
+        for number in members:
+            self.clock[number] = start + max(durations)
+
+    def timeline(self) -> Timeline:
+        """Return what happened."""
+        step_s = max(self.clock)
+        devices: dict[str, DeviceTimes] = {}
+        for number, actor in enumerate(self.actors):
+            script, log = self.scripts[actor.stage], self.log[number]
+            last = len(script) - 1
+            for k, device in enumerate(actor.devices):
+                own, talking, computing = actor.own_s[k], self.collectives[device], []
+                for at, start, end in log:
+                    code = script[at][0]
+                    if code <= _BACKWARD:
+                        computing.append((start, start + own[code]))
+                        reduce_start = start + actor.slowest_s[code]
+                        if end > reduce_start and len(actor.devices) > 1:
+                            talking.append((reduce_start, end))
+                    elif at == last:
+                        computing.append((start, start + own[2]))
+                compute_s = sum(end - start for start, end in computing)
+                communicate_s = min(_length_outside(talking, computing), max(0.0, step_s - compute_s))
+                devices[device] = DeviceTimes(
+                    compute_s, communicate_s, max(0.0, step_s - compute_s - communicate_s)
+                )
+        return Timeline(step_s, devices, self._spans() if self.record else (), tuple(self.transfers))
+
+    def _spans(self) -> tuple[Span, ...]:
+        return tuple(
+            Span(self.schedule.stages[actor.stage][at], actor.index, start, end)
+            for actor, log in zip(self.actors, self.log, strict=True)
+            for at, start, end in log
+        )
+
+
+def _length_outside(intervals: list[Interval], holes: list[Interval]) -> float:
+    """Return the length of the union of `intervals` that lies outside `holes` (sorted and disjoint)."""
+    total = covered = 0.0
+    hole, count = 0, len(holes)
+    for start, end in sorted(intervals):
+        start = max(start, covered)
+        if end <= start:
+            continue
+        covered = end
+        total += end - start
+        while hole < count and holes[hole][1] <= start:
+            hole += 1
+        inside = hole
+        while inside < count and holes[inside][0] < end:
+            total -= min(end, holes[inside][1]) - max(start, holes[inside][0])
+            inside += 1
+    return max(0.0, total)

@@ -1,0 +1,49 @@
+"""How to train, as plain data: the optimizer, the precision, and what an emulated device rehearses. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from colledge.records import Record
+from colledge.units import BytesPerSecond, Seconds
+
+Precision = Literal["float64", "float32", "bfloat16"]
+
+
+class OptimizerSettings(Record):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or SGD, as torch.optim names their settings.
+
+    `gradient_clipping` bounds the 2-norm of all gradients of the model together. `betas` and `eps` are read by
+    adamw, `momentum` by sgd.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=5e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    gradient_clipping: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSettings:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}, wanted two numbers in [0, 1)")
+        return self
+
+    @property
+    def state_factor(self) -> float:
+        """Bytes of optimizer state for every byte of trainable parameter."""
+        if self.name == "adamw":
+            return 2.0
+        return 1.0 if self.momentum else 0.0
+
+
+class Emulation(Record):
+    """A slower device to rehearse: computing takes `slowdown` times as long, sends are paced and delayed."""
+
+    slowdown: float = Field(default=1.0, ge=1)
+    bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="bandwidth", gt=0)
+    latency_s: Seconds = Field(default=0.0, alias="latency", ge=0)

@@ -1,0 +1,696 @@
+"""The planner: costs, memory, energy, bounds, and the search against everything enumerated."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import combinations, pairwise, permutations, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from colledge.errors import ColledgeError, ConfigError, OutOfMemoryError
+from colledge.plan import Plan, StepFigures
+from colledge.planner import (
+    PlanningRequest,
+    PlanningResult,
+    PoolCosts,
+    check_memory,
+    plan_memory,
+    plan_training,
+    predict,
+)
+from colledge.planner.bounds import lower_bounds
+from colledge.planner.cost import interpolate
+from colledge.planner.search import Search, compositions, device_classes, layouts, proportional, shares
+from colledge.profiles import ModelProfile, PoolProfile
+from colledge.schedule import ActionKind, simulate
+
+MB = 1_000_000
+
+
+def make_layer(name: str, kind: str, **changes: object) -> dict[str, object]:
+    return {
+        "name": name,
+        "kind": kind,
+        "parameter_bytes": 10 * MB,
+        "trainable_parameter_bytes": 10 * MB,
+        "output_bytes_per_sample": MB,
+        "saved_bytes_per_sample": 5 * MB,
+        "forward_flops_per_sample": 1e9,
+        "backward_flops_per_sample": 2e9,
+        **changes,
+    }
+
+
+def make_model(
+    seconds: dict[str, float], num_blocks: int = 2, units: int = 4, tied: bool = False, **changes: object
+) -> ModelProfile:
+    """Return embed + blocks + head; `seconds` is a device kind's forward time a sample of a block."""
+    tensor = {
+        "units": units,
+        "forward_allreduces": 2,
+        "backward_allreduces": 2,
+        "allreduce_bytes_per_sample": MB,
+    }
+    timings = [
+        {
+            "device_kind": kind,
+            "mode": "max",
+            "layer_kind": layer,
+            "samples": samples,
+            "shard_fraction": fraction,
+            "forward_s": second * scale * samples * fraction,
+            "backward_s": 2 * second * scale * samples * fraction,
+            "update_s": 0.01 * second * fraction,
+        }
+        for kind, second in seconds.items()
+        for layer, scale in (("embed", 0.125), ("block", 1.0), ("head", 0.5))
+        for samples in (1, 4)
+        for fraction in ((1.0, 0.5) if layer == "block" else (1.0,))
+    ]
+    layers = [make_layer("embed", "embed", **changes)]
+    layers += [make_layer(f"block.{i}", "block", tensor=tensor, **changes) for i in range(num_blocks)]
+    layers.append(make_layer("head", "head", tied_to="embed" if tied else None, **changes))
+    return ModelProfile.model_validate(
+        {
+            "schema": "colledge/model-profile/1",
+            "name": "toy",
+            "sequence_length": 8,
+            "layers": layers,
+            "timings": timings,
+        }
+    )
+
+
+def make_pool(
+    kinds: Sequence[str],
+    *,
+    watts: Sequence[tuple[float, float, float]] = (),
+    bandwidth: float = 100 * MB,
+    latency_s: float = 1e-3,
+    memory_bytes: int | Sequence[int] = 10_000 * MB,
+    segment: bool = False,
+    ids: Sequence[str] = "abcdef",
+) -> PoolProfile:
+    sizes = [memory_bytes] * len(kinds) if isinstance(memory_bytes, int) else memory_bytes
+    ids = ids[: len(kinds)]
+    draws = list(watts) or [(5.0, 20.0, 8.0)] * len(kinds)
+    devices = [
+        {
+            "id": id,
+            "kind": kind,
+            "memory_bytes": size,
+            "modes": [{"name": "max", "idle_w": i, "compute_w": c, "communicate_w": t, "source": "measured"}],
+        }
+        for id, kind, size, (i, c, t) in zip(ids, kinds, sizes, draws, strict=False)
+    ]
+    way = {"latency_s": latency_s, "bandwidth_bytes_per_s": bandwidth}
+    links = [{"source": a, "target": b, **way} for a, b in combinations(ids, 2)]
+    shared = [{"name": "air", "devices": list(ids), **way}] if len(kinds) > 1 else []
+    return PoolProfile.model_validate(
+        {
+            "schema": "colledge/pool-profile/1",
+            "devices": devices,
+            "links": [] if segment else links,
+            "segments": shared if segment else [],
+        }
+    )
+
+
+def single(device: str, model: ModelProfile, microbatch_size: int, num_microbatches: int) -> Plan:
+    return make_plan(
+        model,
+        [((0, len(model.layers)), [(microbatch_size, [(device, 1.0)])])],
+        microbatch_size,
+        num_microbatches,
+    )
+
+
+def make_plan(
+    model: ModelProfile,
+    stages: Sequence[tuple[tuple[int, int], Sequence[tuple[int, Sequence[tuple[str, float]]]]]],
+    microbatch_size: int,
+    num_microbatches: int,
+    **extra: object,
+) -> Plan:
+    return Plan.model_validate(
+        {
+            "schema": "colledge/plan/1",
+            "num_layers": len(model.layers),
+            "global_batch_size": microbatch_size * num_microbatches,
+            "microbatch_size": microbatch_size,
+            "stages": [
+                {
+                    "layers": layers,
+                    "replicas": [
+                        {"samples": n, "shards": [{"device": d, "fraction": f} for d, f in shards]}
+                        for n, shards in replicas
+                    ],
+                }
+                for layers, replicas in stages
+            ],
+            **extra,
+        }
+    )
+
+
+def figures(plan: Plan) -> StepFigures:
+    assert plan.prediction is not None
+    return plan.prediction
+
+
+# -- costs ---------------------------------------------------------------------------------------------------
+
+
+def test_interpolation_goes_through_its_points_and_never_below_zero() -> None:
+    points = [(2.0, 1.0), (4.0, 5.0), (8.0, 7.0)]
+    assert [interpolate(points, x) for x in (2, 3, 4, 6, 8, 16)] == [1, 3, 5, 6, 7, 11]
+    assert interpolate(points, 1) == 0
+    assert interpolate([(4.0, 2.0)], 1) == 0.5
+    assert interpolate([(4.0, 2.0)], 8) == 4
+
+
+def test_layers_without_a_tensor_split_are_computed_whole_by_every_shard() -> None:
+    model = make_model({"k": 1.0})
+    costs = PoolCosts(make_pool(["k", "k"]), model)
+    plan = make_plan(model, [((0, 4), [(4, [("a", 0.75), ("b", 0.25)])])], 4, 1)
+    shard = plan.stages[0].replicas[0].shards[1]
+    forward, backward = costs.compute_s((0, 4), shard, 4)
+    assert forward == pytest.approx(4 * (0.125 + 2 * 0.25 + 0.5))
+    assert backward == pytest.approx(2 * forward)
+    assert costs.compute_s((0, 4), shard, 0) == (0, 0)
+
+
+def test_ring_allreduce_shares_a_segment() -> None:
+    model = make_model({"k": 1.0})
+    own = PoolCosts(make_pool(["k"] * 3, bandwidth=10, latency_s=1), model)
+    air = PoolCosts(make_pool(["k"] * 3, bandwidth=10, latency_s=1, segment=True), model)
+    assert own.allreduce_s(("a", "b", "c"), 30) == pytest.approx(4 * 1 + 4 / 3 * 30 / 10)
+    assert air.allreduce_s(("a", "b", "c"), 30) == pytest.approx(4 * 1 + 4 / 3 * 30 / (10 / 3))
+    assert own.allreduce_s(("a",), 30) == 0
+
+
+def test_a_missing_timing_names_device_kind_layer_kind_and_mode() -> None:
+    model = make_model({"k": 1.0})
+    pool = make_pool(["k", "unknown"])
+    with pytest.raises(ConfigError, match=r"layer kind 'embed' on device kind 'unknown' in power mode 'max'"):
+        plan_training(pool, model, PlanningRequest(global_batch_size=4))
+    assert plan_training(
+        pool, model, PlanningRequest(global_batch_size=4, must_not_use=("b",))
+    ).best.devices == ("a",)
+
+
+def test_one_device_alone_takes_its_summed_timings() -> None:
+    model = make_model({"k": 0.5})
+    plan = single("a", model, 4, 3)
+    found = predict(plan, make_pool(["k"]), model)
+    layers = 0.125 + 2 + 0.5
+    assert found.step_s == pytest.approx(3 * 4 * layers * 0.5 * 3 + 4 * 0.01 * 0.5)
+    assert found.devices["a"].compute_s == pytest.approx(found.step_s)
+    assert found.devices["a"].idle_s == pytest.approx(0)
+    assert found.energy_joules_per_step == pytest.approx(20 * found.step_s)
+
+
+@pytest.mark.parametrize(("layers", "synced_mb"), [((0, 4), 30), ((0, 3), 20), ((3, 4), 0), ((1, 3), 20)])
+def test_a_tied_weight_is_not_synced_twice(layers: tuple[int, int], synced_mb: int) -> None:
+    costs = PoolCosts(make_pool(["k"]), make_model({"k": 1.0}, tied=True))
+    assert costs.sync_bytes(layers, 1.0) == synced_mb * MB
+
+
+def test_a_weight_tied_across_stages_is_reduced_over_both() -> None:
+    pool = make_pool(["k", "k"], bandwidth=MB, latency_s=0)
+    steps = []
+    for tied in (False, True):
+        model = make_model({"k": 0.001}, tied=tied)
+        plan = make_plan(model, [((0, 2), [(4, [("a", 1.0)])]), ((2, 4), [(4, [("b", 1.0)])])], 4, 1)
+        steps.append(predict(plan, pool, model).step_s)
+    assert steps[1] - steps[0] == pytest.approx(10, rel=0.01)  # 2 (n-1)/n x 10 MB at 1 MB/s
+    frozen = make_model({"k": 0.001}, tied=True, trainable_parameter_bytes=0)
+    assert PoolCosts(pool, frozen).ties == ()
+
+
+# -- memory --------------------------------------------------------------------------------------------------
+
+
+def test_memory_parts_by_hand() -> None:
+    model = make_model({"k": 1.0}, tied=True)
+    pool = make_pool(["k", "k", "k"])
+    plan = make_plan(
+        model, [((0, 2), [(4, [("a", 1.0)])]), ((2, 4), [(4, [("b", 0.75), ("c", 0.25)])])], 4, 3
+    )
+    parts = plan_memory(plan, pool, model, 2.0)
+    a, c = parts["a"], parts["c"]
+    assert a.parameters_bytes == a.gradients_bytes == 20 * MB
+    assert a.optimizer_state_bytes == 40 * MB
+    assert a.activations_bytes == 2 * 4 * 10 * MB  # two micro-batches in flight
+    assert a.wire_buffers_bytes == 4 * 4 * MB
+    assert c.parameters_bytes == (0.25 * 10 + 10) * MB  # the head is whole in every shard
+    assert c.activations_bytes == 1 * 4 * (0.25 * 5 + 5) * MB
+    whole = plan_memory(single("a", model, 4, 1), pool, model, 2.0)["a"]
+    assert whole.parameters_bytes == 30 * MB  # embed and head share their weight
+
+
+def test_recompute_keeps_only_the_boundary_and_one_micro_batch() -> None:
+    model = make_model({"k": 1.0})
+    stages = [((0, 2), [(1, [("a", 1.0)])]), ((2, 4), [(1, [("b", 1.0)])])]
+    plan = make_plan(model, stages, 1, 4, schedule={"name": "gpipe"}, recompute=[True, True])
+    parts = plan_memory(plan, make_pool(["k", "k"]), model, 0.0)
+    assert parts["a"].activations_bytes == 10 * MB
+    assert parts["b"].activations_bytes == (4 + 10) * MB
+
+
+def test_check_memory_names_device_bytes_and_help() -> None:
+    model = make_model({"k": 1.0})
+    pool = make_pool(["k"], memory_bytes=200 * MB)
+    plan = single("a", model, 4, 1)
+    with pytest.raises(OutOfMemoryError) as error:
+        check_memory(plan, pool, model, 2.0)
+    assert "'a' needs 240 MB (240000000 bytes) and has 200 MB (200000000 bytes)" in str(error.value)
+    assert "lacks 40 MB" in str(error.value)
+    assert error.value.fix
+    check_memory(plan, make_pool(["k"], memory_bytes=240 * MB), model, 2.0)
+
+
+# -- energy --------------------------------------------------------------------------------------------------
+
+
+def test_left_out_devices_idle_in_the_whole_pool_and_cost_nothing_marginally() -> None:
+    model = make_model({"k": 1.0, "slow": 50.0})
+    pool = make_pool(["k", "slow"], watts=[(5, 20, 8), (3, 30, 9)])
+    found = predict(single("a", model, 4, 1), pool, model)
+    assert found.marginal_energy_joules_per_step == pytest.approx(20 * found.step_s)
+    assert found.energy_joules_per_step == pytest.approx(23 * found.step_s)
+    assert found.devices["b"].idle_s == found.step_s
+    assert found.devices["b"].energy_joules == pytest.approx(3 * found.step_s)
+    total = sum(device.energy_joules for device in found.devices.values())
+    assert total == pytest.approx(found.energy_joules_per_step)
+
+
+def test_the_accounting_can_flip_the_plan() -> None:
+    # b is twice as fast but draws a lot: worth it only if somebody pays for the idle third device anyway.
+    model = make_model({"thrifty": 1.0, "fast": 0.5, "idler": 500.0})
+    pool = make_pool(["thrifty", "fast", "idler"], watts=[(0, 10, 0), (0, 24, 0), (20, 30, 20)], bandwidth=1)
+    chosen = {
+        accounting: plan_training(
+            pool, model, PlanningRequest(global_batch_size=4, accounting=accounting)
+        ).best.devices
+        for accounting in ("whole-pool", "marginal")
+    }
+    assert chosen == {"whole-pool": ("b",), "marginal": ("a",)}
+
+
+# -- search --------------------------------------------------------------------------------------------------
+
+
+def test_two_equal_devices_with_free_links_share_evenly() -> None:
+    model = make_model({"k": 1.0}, units=1)
+    result = plan_training(
+        make_pool(["k", "k"], bandwidth=1e15, latency_s=0),
+        model,
+        PlanningRequest(global_batch_size=8, objective="time"),
+    )
+    assert result.best.family == "data"
+    samples = [replica.samples for replica in result.best.stages[0].replicas]
+    assert samples[0] == samples[1]
+    alone = figures(result.families["single"]).step_s
+    assert figures(result.best).step_s == pytest.approx(alone / 2, rel=0.01)
+    assert figures(result.best).step_s >= result.bounds.step_s
+
+
+def test_unequal_devices_share_unequally() -> None:
+    model = make_model({"one": 1.0, "three": 3.0}, units=1)
+    pool = make_pool(["one", "three"], bandwidth=1e15, latency_s=0)
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=4, objective="time"))
+    assert [r.samples for r in result.families["data"].stages[0].replicas] == [3, 1]
+
+
+def test_a_hopeless_link_is_not_used_and_the_reasons_say_so() -> None:
+    model = make_model({"k": 1.0})
+    pool = make_pool(["k", "k"], bandwidth=1)
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=8, objective="time"))
+    assert result.best.family == "single"
+    assert any("worse than one machine" in reason for reason in result.reasons)
+    assert any("Left out" in reason for reason in result.reasons)
+
+
+def every_plan(pool: PoolProfile, model: ModelProfile, batch: int) -> Iterator[Plan]:
+    """Yield every plan, without any shortcut: all orders, zero samples, all flags of recomputation."""
+    ids, layers, units = [d.id for d in pool.devices], len(model.layers), model.shard_units
+    shapes = [
+        shape
+        for size in range(1, len(ids) + 1)
+        for count in range(1, size + 1)
+        for shape in product([(r, k) for r in range(1, size + 1) for k in range(1, units + 1)], repeat=count)
+        if sum(r * k for r, k in shape) == size and count <= layers
+    ]
+    for shape in shapes:
+        size = sum(r * k for r, k in shape)
+        for order, cuts, m in product(
+            permutations(ids, size), combinations(range(1, layers), len(shape) - 1), range(1, batch + 1)
+        ):
+            if batch % m:
+                continue
+            rows = [[tuple(n - 1 for n in c) for c in compositions(m + r, r)] for r, _ in shape]
+            parts = [list(compositions(units, k)) for _, k in shape]
+            for samples, fractions in product(product(*rows), product(*parts)):
+                names = iter(order)
+                stages = [
+                    (span, [(n, [(next(names), u / units) for u in f]) for n in s])
+                    for span, s, f in zip(pairwise((0, *cuts, layers)), samples, fractions, strict=True)
+                ]
+                deep = [2 * (len(shape) - s) - 1 for s in range(len(shape))]
+                for schedule in ({"name": "gpipe"}, {"name": "1f1b"}, {"name": "1f1b", "warmup": deep}):
+                    yield make_plan(model, stages, m, batch // m, schedule=schedule)
+
+
+def with_recompute(plan: Plan, pool: PoolProfile, model: ModelProfile) -> list[Plan]:
+    flags = product([False, True], repeat=plan.num_stages)
+    found = []
+    for flag in flags:
+        candidate = plan.model_copy(update={"recompute": flag})
+        try:
+            check_memory(candidate, pool, model, 2.0)
+        except OutOfMemoryError:
+            continue
+        found.append(candidate)
+    return found
+
+
+@lru_cache(maxsize=1)
+def random_cases() -> list[tuple[PoolProfile, ModelProfile, int]]:
+    numbers = random.Random(7)
+    cases = []
+    for case in range(10):
+        count, batch = ((2, 4), (3, 2))[case % 2]
+        kinds = [numbers.choice("pqr") for _ in range(count)]
+        model = make_model(
+            {k: numbers.uniform(0.02, 0.2) for k in "pqr"},
+            num_blocks=1,
+            units=2,
+            tied=case % 3 == 0,
+            saved_bytes_per_sample=numbers.choice([5, 30]) * MB,
+        )
+        watts = {k: (numbers.uniform(0, 9), numbers.uniform(9, 60), numbers.uniform(5, 12)) for k in "pqr"}
+        pool = make_pool(
+            kinds,
+            watts=[watts[k] for k in kinds],
+            bandwidth=numbers.choice([20, 100, 1000]) * MB,
+            memory_bytes=[numbers.choice([90, 130, 150, 1000]) * MB for _ in kinds],
+            segment=case % 4 == 1,
+        )
+        cases.append((pool, model, batch))
+    return cases
+
+
+@pytest.mark.parametrize("case", range(10))
+def test_the_search_finds_what_enumerating_everything_finds(case: int) -> None:
+    pool, model, batch = random_cases()[case]
+    costs = PoolCosts(pool, model)
+    best: dict[str, float] = {}
+    for plan in every_plan(pool, model, batch):
+        for candidate in with_recompute(plan, pool, model):
+            timeline = simulate(candidate, costs)
+            found = predict(candidate, pool, model) if timeline.step_s < best.get("time", 1e9) else None
+            best["time"] = min(best.get("time", 1e9), timeline.step_s)
+            found = found or predict(candidate, pool, model)
+            for name, value in (
+                ("energy", found.energy_joules_per_step),
+                ("marginal", found.marginal_energy_joules_per_step),
+                ("energy-delay", found.energy_joules_per_step * found.step_s),
+            ):
+                best[name] = min(best.get(name, 1e9), value)
+    if not best:
+        with pytest.raises(OutOfMemoryError):
+            plan_training(pool, model, PlanningRequest(global_batch_size=batch))
+        return
+    answers = {
+        name: plan_training(pool, model, PlanningRequest(global_batch_size=batch, **options)).best  # type: ignore[arg-type]
+        for name, options in {
+            "time": {"objective": "time"},
+            "energy": {"objective": "energy"},
+            "energy-delay": {"objective": "energy-delay"},
+            "marginal": {"objective": "energy", "accounting": "marginal"},
+        }.items()
+    }
+    time, energy = figures(answers["time"]), figures(answers["energy"])
+    product_ = figures(answers["energy-delay"])
+    assert time.step_s == pytest.approx(best["time"])
+    assert energy.energy_joules_per_step == pytest.approx(best["energy"])
+    assert figures(answers["marginal"]).marginal_energy_joules_per_step == pytest.approx(best["marginal"])
+    assert product_.energy_joules_per_step * product_.step_s == pytest.approx(best["energy-delay"])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seconds=st.lists(st.floats(0.001, 0.1), min_size=3, max_size=3),
+    watts=st.lists(st.tuples(st.floats(0, 9), st.floats(0, 40), st.floats(0, 12)), min_size=3, max_size=3),
+    bandwidth=st.sampled_from([5 * MB, 100 * MB, 10_000 * MB]),
+    segment=st.booleans(),
+    tied=st.booleans(),
+    accounting=st.sampled_from(["whole-pool", "marginal"]),
+    pick=st.randoms(use_true_random=False),
+)
+def test_every_bound_is_below_every_simulated_plan(
+    seconds: list[float],
+    watts: list[tuple[float, float, float]],
+    bandwidth: float,
+    segment: bool,
+    tied: bool,
+    accounting: str,
+    pick: random.Random,
+) -> None:
+    kinds = ["p", "q", "r"]
+    model = make_model(dict(zip(kinds, seconds, strict=True)), tied=tied)
+    pool = make_pool(kinds, watts=watts, bandwidth=bandwidth, segment=segment)
+    request = PlanningRequest(global_batch_size=4, accounting=accounting)
+    costs = PoolCosts(pool, model)
+    bounds = lower_bounds(costs, request)
+    search = Search(costs, request, [d.id for d in pool.devices])
+    for _ in range(40):
+        chunk = pick.choice([c for chunks in search.skeletons.values() for c in chunks])
+        cut = pick.randrange(len(chunk.edges))
+        edges = chunk.edges[cut : cut + 1]
+        step_s, joules = search.bound(chunk.layout, chunk.microbatch_size, edges, each_option=True)  # type: ignore[misc]
+        choices = [pick.randrange(n) for n in step_s.shape]
+        for schedule in search.schedules(chunk):
+            plan = search.make_plan(chunk.layout, chunk.microbatch_size, edges[0], choices, schedule)
+            assert plan is not None
+            found = search.score(plan, "energy")
+            closed_s = step_s[tuple(choices)]
+            assert bounds.step_s <= closed_s * (1 + 1e-9) or bounds.step_s <= found.step_s * (1 + 1e-9)
+            assert chunk.step_s[cut if chunk.step_s.size > 1 else 0] <= closed_s * (1 + 1e-9)
+            assert closed_s <= found.step_s * (1 + 1e-9)
+            assert joules[tuple(choices)] <= found.energy_joules * (1 + 1e-9) + 1e-12
+            assert bounds.energy_joules_per_step <= found.energy_joules * (1 + 1e-9) + 1e-9
+
+
+def test_the_closed_form_is_exact_where_nothing_waits() -> None:
+    model = make_model({"k": 0.1})
+    costs = PoolCosts(make_pool(["k", "k"]), model)
+    search = Search(costs, PlanningRequest(global_batch_size=8), ["a", "b"])
+    for chunk in search.skeletons["single"] + search.skeletons["data"]:
+        for edges in chunk.edges:
+            bound = search.bound(chunk.layout, chunk.microbatch_size, edges[None], each_option=True)
+            assert bound is not None
+            for choice, step_s in enumerate(np.atleast_1d(bound[0])):
+                plan = search.make_plan(
+                    chunk.layout, chunk.microbatch_size, edges, [choice], search.schedules(chunk)[0]
+                )
+                assert plan is not None
+                assert simulate(plan, costs).step_s == pytest.approx(step_s)
+
+
+def test_renaming_and_reordering_devices_changes_nothing() -> None:
+    model = make_model({"p": 0.05, "q": 0.08})
+    watts = {"p": (4.0, 30.0, 6.0), "q": (2.0, 15.0, 5.0)}
+    answers = set()
+    for kinds, ids in ((["p", "q", "q"], "abc"), (["q", "p", "q"], "zxy"), (["q", "q", "p"], "cab")):
+        pool = make_pool(kinds, watts=[watts[k] for k in kinds], ids=ids)
+        result = plan_training(pool, model, PlanningRequest(global_batch_size=8, objective="time"))
+        found = figures(result.best)
+        answers.add((round(found.step_s, 9), round(found.energy_joules_per_step, 6), tuple(result.families)))
+    assert len(answers) == 1
+
+
+def test_alike_devices_are_tried_once() -> None:
+    model = make_model({"k": 1.0, "other": 1.0})
+    for kinds, distinct in ((["k"] * 3, 1), (["k", "k", "other"], 2)):
+        pool = make_pool(kinds)
+        classes = device_classes(pool, PoolCosts(pool, model))
+        assert len(set(classes.values())) == distinct
+        everything = list(layouts("abc", 4, dict(zip("abc", range(3), strict=True))))
+        assert len(list(layouts("abc", 4, classes))) < len(everything)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    memory=st.lists(st.integers(40, 260).map(lambda mb: mb * MB), min_size=3, max_size=3),
+    objective=st.sampled_from(["energy", "time"]),
+)
+def test_no_plan_is_ever_over_memory(memory: list[int], objective: str) -> None:
+    model = make_model({"p": 0.05, "q": 0.02, "r": 0.03})
+    pool = make_pool(["p", "q", "r"], memory_bytes=memory)
+    try:
+        result = plan_training(pool, model, PlanningRequest(global_batch_size=4, objective=objective))
+    except OutOfMemoryError:
+        return
+    for plan in (result.best, *result.families.values(), *result.frontier):
+        for id, device in figures(plan).devices.items():
+            if id in plan.devices:
+                assert device.peak_memory_bytes is not None
+                assert device.peak_memory_bytes <= pool.device(id).memory_bytes
+
+
+def test_when_nothing_fits_the_nearest_miss_is_named() -> None:
+    model = make_model({"k": 0.05})
+    pool = make_pool(["k", "k"], memory_bytes=[60 * MB, 95 * MB])
+    with pytest.raises(OutOfMemoryError) as error:
+        plan_training(pool, model, PlanningRequest(global_batch_size=4))
+    # Two layers each: 80 MB of state, two layers' activations of a sample, buffers for one boundary.
+    assert "device 'a' needs 94 MB" in error.value.message
+    assert "lacks 34 MB" in error.value.message
+    assert error.value.fix
+
+
+def test_recompute_is_used_only_where_memory_needs_it() -> None:
+    model = make_model({"k": 0.1}, saved_bytes_per_sample=50 * MB)
+    needed = 4 * 4 * 10 * MB + 4 * 50 * MB
+    pool = make_pool(["k"], memory_bytes=needed)
+    assert not plan_training(pool, model, PlanningRequest(global_batch_size=1)).best.recomputes(0)
+    with pytest.raises(OutOfMemoryError):  # recomputing one sample's activations alone gains nothing
+        plan_training(make_pool(["k"], memory_bytes=needed - 1), model, PlanningRequest(global_batch_size=1))
+    tight = make_pool(["k", "k"], memory_bytes=215 * MB)
+    result = plan_training(tight, model, PlanningRequest(global_batch_size=8, objective="time"))
+    for plan in result.families.values():
+        for s in range(plan.num_stages):
+            if plan.recomputes(s):
+                flags = [plan.recomputes(i) and i != s for i in range(plan.num_stages)]
+                with pytest.raises(OutOfMemoryError):
+                    check_memory(plan.model_copy(update={"recompute": tuple(flags)}), tight, model, 2.0)
+    assert any(any(plan.recompute or ()) for plan in result.families.values())
+
+
+def test_deadlines_cost_energy_and_never_less() -> None:
+    model = make_model({"thrifty": 0.1, "fast": 0.05})
+    pool = make_pool(["thrifty", "fast"], watts=[(1, 10, 2), (1, 60, 2)], bandwidth=1000 * MB)
+    free = plan_training(pool, model, PlanningRequest(global_batch_size=8))
+    fastest = plan_training(pool, model, PlanningRequest(global_batch_size=8, objective="time"))
+    low, high = figures(fastest.best).step_s, figures(free.best).step_s
+    energies = []
+    for deadline in np.linspace(low, high * 1.01, 5):
+        request = PlanningRequest(global_batch_size=8, deadline_step_s=float(deadline) * (1 + 1e-9))
+        found = figures(plan_training(pool, model, request).best)
+        assert found.step_s <= deadline * (1 + 1e-9)
+        energies.append(found.energy_joules_per_step)
+    assert energies == sorted(energies, reverse=True)
+    assert energies[0] > energies[-1]
+    with pytest.raises(ConfigError, match="no plan meets the deadline"):
+        plan_training(pool, model, PlanningRequest(global_batch_size=8, deadline_step_s=low * 0.9))
+
+
+def test_constraints_are_kept() -> None:
+    model = make_model({"k": 0.1, "slow": 10.0})
+    pool = make_pool(["k", "slow", "k"])
+    request = PlanningRequest(global_batch_size=4, must_use=("b",), must_not_use=("c",))
+    result = plan_training(pool, model, request)
+    for plan in result.families.values():
+        assert "b" in plan.devices
+        assert "c" not in plan.devices
+    with pytest.raises(ConfigError, match="'nobody' is not in the pool"):
+        plan_training(pool, model, PlanningRequest(global_batch_size=4, must_use=("nobody",)))
+    with pytest.raises(ConfigError, match="'b' stands in must_use and in must_not_use"):
+        plan_training(pool, model, PlanningRequest(global_batch_size=4, must_use=("b",), must_not_use=("b",)))
+
+
+def test_devices_without_a_link_are_not_put_together() -> None:
+    model = make_model({"k": 0.1})
+    pool = make_pool(["k", "k", "k"]).model_copy(update={"links": make_pool(["k", "k"]).links})
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=4, objective="time"))
+    for plan in result.families.values():
+        assert set(plan.devices) in ({"a", "b"}, {"a"}, {"b"}, {"c"})
+
+
+def two_modes(pool: PoolProfile, model: ModelProfile) -> tuple[PoolProfile, ModelProfile]:
+    """Add a slow mode, twice as slow at a fifth of the watts."""
+    device = pool.devices[0]
+    low = device.modes[0].model_copy(update={"name": "low", "idle_w": 1.0, "compute_w": 4.0})
+    devices = (device.model_copy(update={"modes": (*device.modes, low)}), *pool.devices[1:])
+    rows = [
+        row.model_copy(
+            update={"mode": "low", "forward_s": 2 * row.forward_s, "backward_s": 2 * row.backward_s}
+        )
+        for row in model.timings
+    ]
+    return pool.model_copy(update={"devices": devices}), model.model_copy(
+        update={"timings": (*model.timings, *rows)}
+    )
+
+
+def test_a_thriftier_power_mode_is_found_and_bounded() -> None:
+    pool, model = two_modes(make_pool(["k"]), make_model({"k": 0.1}))
+    energy = plan_training(pool, model, PlanningRequest(global_batch_size=4))
+    time = plan_training(pool, model, PlanningRequest(global_batch_size=4, objective="time"))
+    assert energy.best.stages[0].replicas[0].shards[0].mode == "low"
+    assert time.best.stages[0].replicas[0].shards[0].mode is None
+    assert energy.bounds.energy_joules_per_step <= figures(energy.best).energy_joules_per_step
+    assert time.bounds.step_s <= figures(time.best).step_s
+
+
+def test_the_frontier_is_one_and_the_families_are_complete() -> None:
+    model = make_model({"p": 0.05, "q": 0.08, "r": 0.02})
+    pool = make_pool(["p", "q", "r"], watts=[(1, 12, 3), (2, 8, 3), (4, 45, 8)], bandwidth=1000 * MB)
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=8))
+    assert set(result.families) == {"single", "data", "pipeline", "tensor", "hybrid"}
+    assert all(plan.family == name for name, plan in result.families.items())
+    points = [(figures(p).step_s, figures(p).energy_joules_per_step) for p in result.frontier]
+    assert points == sorted(points)
+    assert [energy for _, energy in points] == sorted((energy for _, energy in points), reverse=True)
+    fastest = plan_training(pool, model, PlanningRequest(global_batch_size=8, objective="time")).best
+    assert points[0][0] == pytest.approx(figures(fastest).step_s)
+    assert points[-1][1] == pytest.approx(figures(result.best).energy_joules_per_step)
+    assert PlanningResult.model_validate_json(result.to_json()) == result
+
+
+def test_large_pools_are_planned_and_the_reasons_say_what_was_not_tried() -> None:
+    model = make_model({"p": 0.05, "q": 0.08}, num_blocks=4)
+    pool = make_pool(["p", "q"] * 3, bandwidth=10_000 * MB, latency_s=0)
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=12, objective="time"))
+    assert len(result.best.devices) == 6
+    assert any("a better plan may exist" in reason for reason in result.reasons)
+
+
+def test_shares_are_complete_when_few_and_near_the_speeds_when_many() -> None:
+    assert list(compositions(4, 2)) == [(1, 3), (2, 2), (3, 1)]
+    assert shares(3, [1.0] * 4) == []
+    assert proportional(128, [1.0, 1.0, 2.0]) == (32, 32, 64)
+    many = shares(512, [1.0, 1.0, 2.0, 4.0])
+    assert proportional(512, [1.0, 1.0, 2.0, 4.0]) in many
+    assert all(sum(share) == 512 and min(share) >= 1 for share in many)
+
+
+def test_the_timeline_of_a_found_plan_runs_every_action() -> None:
+    model = make_model({"p": 0.05, "q": 0.08})
+    pool = make_pool(["p", "q"])
+    plan = plan_training(pool, model, PlanningRequest(global_batch_size=8)).families["pipeline"]
+    timeline = simulate(plan, PoolCosts(pool, model), record=True)
+    forwards = [span for span in timeline.spans if span.action.kind is ActionKind.FORWARD]
+    assert len(forwards) == plan.num_stages * plan.num_microbatches
+
+
+def test_errors_of_the_planner_are_for_users() -> None:
+    with pytest.raises(ColledgeError):
+        predict(single("zz", make_model({"k": 1.0}), 1, 1), make_pool(["k"]), make_model({"k": 1.0}))
+
+
+def test_planning_works_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import colledge.planner; print(colledge.planner.plan_training)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
