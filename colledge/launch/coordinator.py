@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -24,7 +25,6 @@ from colledge.data import rows_for_step
 from colledge.errors import ColledgeError, LaunchError
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Failure, Job, OutputFolder
-from colledge.launch.profiling import profile_pool
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel import Emulation, Engine, EngineSettings, Message, RouteEstimate, StepRecord, World
 from colledge.parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -70,6 +70,8 @@ def run_job(job: Job, world: World, stop: StopRequest) -> None:
 
 
 def _profile(job: Job, world: World, ranks: Mapping[str, int], model: HuggingFaceCausalLM) -> None:
+    from colledge.launch.profiling import profile_pool
+
     run = job.run
     pool_profile, model_profile = profile_pool(
         world.wire,
@@ -256,12 +258,23 @@ def main() -> None:
         world = join_world(timeout_from_environment())
         run_job(job, world, stop)
         _shut_down(world)
-    except ColledgeError as fault:
-        failure = Failure(message=fault.message, fix=fault.fix, exit_code=fault.exit_code)
+    except Exception as fault:
+        failure = _failure(fault)
         write_atomically(folder.failure, failure.to_json())
-        print(f"error: {fault}", file=sys.stderr, flush=True)
-        os._exit(fault.exit_code)  # sockets close now: that is what frees the devices
+        os._exit(failure.exit_code)  # sockets close now: that is what frees the devices
     leave_world()
+
+
+def _failure(fault: Exception) -> Failure:
+    if isinstance(fault, ColledgeError):
+        print(f"error: {fault}", file=sys.stderr, flush=True)
+        return Failure(message=fault.message, fix=fault.fix, exit_code=fault.exit_code)
+    traceback.print_exception(fault)
+    return Failure(
+        message=f"the coordinator failed: {type(fault).__name__}: {fault}",
+        fix="read the coordinator's log; this may be a fault of colledge.",
+        exit_code=1,
+    )
 
 
 if __name__ == "__main__":

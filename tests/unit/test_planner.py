@@ -528,6 +528,20 @@ def test_alike_devices_are_tried_once() -> None:
         assert len(list(layouts("abc", 4, classes))) < len(everything)
 
 
+def test_layouts_try_every_order_that_matters() -> None:
+    found = set(layouts("abcd", 2, dict(zip("abcd", range(4), strict=True))))
+    a, b, c, d = (("a",),), (("b",),), (("c",),), (("d",),)
+    assert {(a, b, c, d), (d, c, b, a), (c, a), (b,)} <= found
+    rows_meet = {layout for layout in found if layout[0] == (("a",), ("b",)) and len(layout) == 2}
+    assert {(("c",), ("d",)), (("d",), ("c",))} <= {layout[1] for layout in rows_meet}
+    two_by_two = {
+        layout[0] for layout in found if len(layout) == 1 and len(layout[0][0]) == len(layout[0]) == 2
+    }
+    assert (("a", "b"), ("c", "d")) in two_by_two
+    assert (("a", "b"), ("d", "c")) in two_by_two
+    assert len(two_by_two) == 6
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     memory=st.lists(st.integers(40, 260).map(lambda mb: mb * MB), min_size=3, max_size=3),

@@ -153,6 +153,16 @@ def test_a_segment_serves_in_order_of_time_not_of_stage() -> None:
     assert [(t.source, t.start_s) for t in timeline.transfers[:2]] == [("fast", 1), ("slow", 11)]
 
 
+def test_a_receive_waits_for_the_last_of_its_messages() -> None:
+    # Whichever stands first in the plan, the slow replica's rows arrive last.
+    stages = [[(1, [("slow", 1.0)]), (1, [("fast", 1.0)])], [(2, [("c", 1.0)])]]
+    for first, second in (("slow", "fast"), ("fast", "slow")):
+        stages[0] = [(1, [(first, 1.0)]), (1, [(second, 1.0)])]
+        times = {"slow": 5.0, "fast": 1.0, "c": 1.0}
+        timeline = simulate(make_plan(stages, 2, 1), TableCosts(times, times), record=True)
+        assert starts(timeline, ActionKind.FORWARD, 1) == [5]
+
+
 def test_rows_travel_only_between_overlapping_replicas() -> None:
     stages = [[(1, [("a", 1.0)]), (3, [("b", 1.0)])], [(2, [("c", 1.0)]), (2, [("d", 1.0)])]]
     free = dict.fromkeys("abcd", 1.0)

@@ -1,0 +1,59 @@
+"""`colledge init`: a run.yaml and a pool.yaml for this machine, every key explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from colledge.errors import ConfigError
+from colledge.records import write_atomically
+
+_RUN = """\
+# One training run. Check it with `colledge train run.yaml --dry-run`.
+model: ./my-model             # a local Hugging Face directory, or a hub id
+data:
+  train: corpus.jsonl         # one {"text": ...} a line, or a plain .txt
+  sequence_length: 128        # tokens in a row
+method: full                  # train every parameter
+batch: {global_size: 16}      # rows in a step, over all devices
+optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
+steps: 200
+precision: float32            # float64 | float32 | bfloat16
+seed: 0                       # orders the data; never depends on the plan
+pool: pool.yaml
+objective: energy             # energy | time | energy-delay
+# deadline: 8h                # for the whole run; deadline_step: 2 s for one step
+# checkpoint_every: 50        # steps; without it only Ctrl-C and the end save
+output: out/
+"""
+
+_POOL = """\
+# The devices that train together. Add one entry for each.
+devices:
+  - id: this-machine
+    host: local               # or the address of another machine
+    accelerator: cpu          # or cuda:0
+    threads: {threads}
+    memory: {memory_gb:.1f} GB             # what training may use
+    power: {{idle_w: 5, compute_w: 20, communicate_w: 8}}   # placeholders: put your own watts here
+    # emulate: {{slowdown: 2.5, bandwidth: 100 Mbit/s, latency: 2 ms}}   # rehearse a slower device
+# coordinator: {{address: 192.168.1.10, port: 29500}}   # this machine, as the other devices reach it
+"""
+
+
+def write_examples(directory: Path) -> list[Path]:
+    """Write run.yaml and pool.yaml; return their paths.
+
+    Raises:
+        ConfigError: One of them is there already; nothing is written then.
+    """
+    run, pool = directory / "run.yaml", directory / "pool.yaml"
+    for path in (run, pool):
+        if path.exists():
+            raise ConfigError(f"{path}: is there already.", fix="delete it, or name another directory.")
+    threads = psutil.cpu_count(logical=False) or 1
+    memory_gb = psutil.virtual_memory().available * 0.8 / 1e9
+    write_atomically(run, _RUN)
+    write_atomically(pool, _POOL.format(threads=threads, memory_gb=memory_gb))
+    return [run, pool]

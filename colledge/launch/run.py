@@ -1,0 +1,276 @@
+"""One run from its files to its report: read, profile, plan, train, report; what the commands and the demo do.
+
+run.yaml + pool.yaml -> profile -> plan -> train -> report       each step reads and writes files of out/
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from colledge.errors import PlanError
+from colledge.launch import planning
+from colledge.launch.inputs import find_model, load_data
+from colledge.launch.job import Job, OutputFolder
+from colledge.launch.rendezvous import Supervisor
+from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
+from colledge.models import HuggingFaceCausalLM
+from colledge.plan import Plan, read_plan
+from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
+from colledge.records import read_json, write_atomically
+from colledge.report import Bounds, FamilyFigures, Report, StepMetrics, build_report, read_metrics
+from colledge.report.html import render, timeline_bars
+from colledge.report.tables import comparison_table
+from colledge.schedule import simulate
+from colledge.units import format_joules, format_seconds
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run is made of, checked."""
+
+    run: RunConfig
+    pool: PoolConfig
+    model_folder: Path
+    model: HuggingFaceCausalLM
+
+    @property
+    def folder(self) -> OutputFolder:
+        """Where the run's files go."""
+        return OutputFolder(self.run.output)
+
+
+def read_inputs(path: Path, overrides: Sequence[str] = ()) -> Inputs:
+    """Return a run's inputs; the model's structure and the data's first fault are found here.
+
+    Raises:
+        ConfigError: A file, a key, the model or the data is not usable.
+    """
+    run = load_run(path, overrides)
+    pool = load_pool(run.pool)
+    folder = find_model(run.model)
+    model = HuggingFaceCausalLM.from_directory(folder)
+    load_data(run, folder)
+    return Inputs(run, pool, folder, model)
+
+
+def profile(inputs: Inputs, console: Console) -> None:
+    """Measure the pool and the model on it; writes pool-profile.json and model-profile.json."""
+    devices = tuple(device.id for device in inputs.pool.devices)
+    console.print(f"profiling {len(devices)} devices: {', '.join(devices)}")
+    began_s = time.monotonic()
+    Supervisor(_job(inputs, "profile", devices)).run(_LogLines(inputs.folder.log("coordinator"), console))
+    console.print(f"profiled in {format_seconds(time.monotonic() - began_s)}")
+
+
+def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Plan:
+    """Return the plan to train with: the given one, the folder's, or a new one from new profiles.
+
+    Raises:
+        ConfigError: The plan does not fit the model, the batch, the pool or a device's memory.
+    """
+    folder = inputs.folder
+    if plan_path is None and not folder.plan.is_file():
+        if planning.read_profiles(folder) is None:
+            profile(inputs, console)
+        profiles = planning.read_profiles(folder)
+        assert profiles is not None
+        result = planning.plan(*profiles, planning.request_of(inputs.run), folder)
+        planning.show(result, *profiles, console)
+    chosen = read_plan(plan_path or folder.plan)
+    check_plan(chosen, inputs)
+    profiles = planning.read_profiles(folder)
+    if profiles is not None and {d.id for d in profiles[0].devices} >= set(chosen.devices):
+        factor = inputs.run.optimizer.state_factor
+        check_memory(chosen, *profiles, factor)
+        chosen = chosen.model_copy(update={"prediction": predict(chosen, *profiles, factor)})
+    if plan_path is not None:
+        folder.planning.unlink(missing_ok=True)
+    write_atomically(folder.plan, chosen.to_json())
+    return chosen
+
+
+def check_plan(chosen: Plan, inputs: Inputs) -> None:
+    """Check a plan against the run.
+
+    Raises:
+        PlanError: It names an unknown device, or is for another model or batch.
+    """
+    known = [device.id for device in inputs.pool.devices]
+    for device in chosen.devices:
+        if device not in known:
+            raise PlanError(
+                f"the plan uses device {device!r}, which {inputs.run.pool} does not have.",
+                fix=f"use {', '.join(known)}, or add the device.",
+            )
+    chosen.check_model(len(inputs.model.layer_names), inputs.model.shard_units)
+    if chosen.global_batch_size != inputs.run.batch.global_size:
+        raise PlanError(
+            f"the plan's global_batch_size is {chosen.global_batch_size}, the run's batch.global_size is "
+            f"{inputs.run.batch.global_size}.",
+            fix="plan again, or give the run the plan's batch size.",
+        )
+
+
+def training_job(inputs: Inputs, chosen: Plan, resume: bool) -> Job:
+    """Return the job that trains under a plan: only the devices that the plan uses."""
+    return _job(inputs, "train", chosen.devices, resume)
+
+
+def train(inputs: Inputs, chosen: Plan, console: Console, resume: bool = False) -> None:
+    """Train under a plan; writes metrics.jsonl, checkpoints and the trained model.
+
+    Raises:
+        ColledgeError: What ended the run.
+    """
+    folder = inputs.folder
+    if not resume:
+        folder.metrics.unlink(missing_ok=True)
+    supervisor = Supervisor(training_job(inputs, chosen, resume))
+    console.print(f"training {inputs.run.steps} steps under {chosen.describe()}")
+    with TrainingProgress(folder, inputs.run.steps, console) as progress:
+        supervisor.run(progress)
+    console.print(f"saved the trained model in {folder.model}")
+
+
+def report(folder: OutputFolder) -> Report:
+    """Compare what was predicted with what was measured; writes report.json and report.html.
+
+    Raises:
+        ConfigError: The folder is not that of a run that trained.
+    """
+    chosen = read_plan(folder.plan)
+    metrics = read_metrics(folder.metrics)
+    job = read_json(Job, folder.job)
+    result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
+    profiles = planning.read_profiles(folder)
+    bounds = None
+    if result is not None:
+        bounds = Bounds(**result.bounds.model_dump())
+    made = build_report(
+        chosen,
+        metrics,
+        model=job.model.name,
+        families={name: FamilyFigures.of(p) for name, p in result.families.items()} if result else None,
+        bounds=bounds,
+        reasons=result.reasons if result else (),
+    )
+    bars: Sequence[object] = ()
+    modes = {device.id: device.power_mode() for device in job.pool.devices}
+    if profiles is not None:
+        bars = timeline_bars(chosen, simulate(chosen, PoolCosts(*profiles), record=True))
+    write_atomically(folder.report_json, made.to_json())
+    write_atomically(folder.report_html, render(made, metrics, bars, modes))  # type: ignore[arg-type]
+    return made
+
+
+def show_report(made: Report, folder: OutputFolder, console: Console) -> None:
+    """Print predicted against measured, and where the whole report is."""
+    console.print(comparison_table(made))
+    error = "" if made.step_error is None else f", predicted within {abs(made.step_error):.1%}"
+    console.print(
+        f"step time {format_seconds(made.measured.step_s)} (median){error}; loss {made.first_loss:.3f} -> "
+        f"{made.final_loss:.3f}; {made.energy_text(made.total_energy_joules)} in all ({made.energy_source})",
+        highlight=False,
+    )
+    console.print(f"report: {folder.report_html}", highlight=False)
+
+
+class TrainingProgress:
+    """Shows loss, step time, tokens/s, joules and time left: a bar on a terminal, else a line now and then.
+
+    Reads metrics.jsonl, so it sees exactly what is written.
+    """
+
+    _LINE_EVERY_S = 5.0
+
+    def __init__(self, folder: OutputFolder, steps: int, console: Console) -> None:
+        self._path, self._steps, self._console = folder.metrics, steps, console
+        self._offset = 0
+        self._printed_s = time.monotonic()
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
+        )
+        self._task = self._bar.add_task("starting the devices", total=steps)
+        self._recent: list[StepMetrics] = []
+
+    def __enter__(self) -> TrainingProgress:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End with the last step's line."""
+        if self._console.is_terminal:
+            self._bar.stop()
+        elif self._recent:
+            self._console.print(self._line(self._recent[-1]), highlight=False)
+
+    def __call__(self) -> None:
+        """Read what is new and show it."""
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        lines = [StepMetrics.model_validate_json(line) for line in whole.splitlines()]
+        if not lines:
+            return
+        self._recent = (self._recent + lines)[-20:]
+        last = lines[-1]
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=last.step, description=self._line(last, number=False))
+        elif time.monotonic() - self._printed_s > self._LINE_EVERY_S:
+            self._printed_s = time.monotonic()
+            self._console.print(self._line(last), highlight=False)
+
+    def _line(self, last: StepMetrics, number: bool = True) -> str:
+        step_s = sum(line.step_s for line in self._recent) / len(self._recent)
+        joules = sum(line.energy_joules for line in self._recent) / len(self._recent)
+        return (
+            (f"step {last.step}/{self._steps}  " if number else "")
+            + f"loss {last.loss:.4f}  {format_seconds(step_s)}/step  {last.tokens / step_s:.0f} tokens/s  "
+            f"{format_joules(joules)}/step  {format_seconds((self._steps - last.step) * step_s)} left"
+        )
+
+
+class _LogLines:
+    """Repeats the lines that a process writes to its log, without torchrun's own."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path, self._console = path, console
+        self._offset = 0
+
+    def __call__(self) -> None:
+        if not self._path.is_file():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            if line.startswith("  "):
+                self._console.print(line, highlight=False)
+
+
+def _job(inputs: Inputs, kind: str, devices: tuple[str, ...], resume: bool = False) -> Job:
+    return Job.model_validate(
+        {
+            "kind": kind,
+            "run": inputs.run,
+            "pool": inputs.pool,
+            "model": inputs.model_folder,
+            "devices": devices,
+            "output": inputs.run.output.resolve(),
+            "resume": resume,
+        }
+    )

@@ -1,0 +1,393 @@
+"""Times layers for real: forward, backward and the optimizer's update, as the engine will run them.
+
+    trial      F B  F B  F B ...  U          medians of a trial's forwards and backwards, one update
+    row        trial, trial, trial, ...      median over the trials, and their spread
+
+A stage of one layer costs a little more than the layer: its masks and position tables are computed once a stage,
+however many blocks it has. What is constant is found from stages of one and of three blocks, and is taken off
+a block's times, so that times of layers add up to that of a stage. The first and the last layer keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from colledge.measure.spread import NOISY_SPREAD, spread_of
+from colledge.models import LayeredModel
+from colledge.models.layered import StageModule
+from colledge.models.losses import LOSSES
+from colledge.profiles import Timing
+
+_BLOCKS_FOR_OVERHEAD = 3
+
+
+class Stopwatch(Protocol):
+    """What measures compute seconds; an emulated slow device's takes as long as that device would."""
+
+    compute_s: float
+
+    def reset(self) -> None:
+        """Set the seconds to zero."""
+
+    def begin_compute(self) -> None:
+        """Mark the begin of computing."""
+
+    def end_compute(self) -> None:
+        """Mark the end of computing, and add the seconds."""
+
+
+class OptimizerFactory(Protocol):
+    """What makes the run's optimizer."""
+
+    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """Return an optimizer of these parameters."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is timed, and where.
+
+    Args:
+        model: The structure; weights are random.
+        sequence_length: Tokens a row.
+        dtype: Of parameters and activations.
+        device: Where it runs.
+        loss: By name; part of the last layer's time.
+        optimizer: Makes the optimizer whose update is timed.
+    """
+
+    model: LayeredModel
+    sequence_length: int
+    dtype: torch.dtype
+    device: torch.device
+    loss: str
+    optimizer: OptimizerFactory
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one row.
+
+    Args:
+        trial_s: Seconds of computing in a trial; fewer repeats where one alone takes longer.
+        trials: Trials wanted; a noisy row gets up to twice as many.
+        least_trials: Trials even where `limit_s` has passed.
+        limit_s: Seconds of computing after which a row gets no further trial.
+        slow_s: A forward and backward as slow as this ends the doubling of sample counts.
+    """
+
+    trial_s: float = 0.03
+    trials: int = 5
+    least_trials: int = 3
+    limit_s: float = 0.6
+    slow_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class StageOverhead:
+    """What a stage costs beside its blocks, in seconds a forward, a backward and an update."""
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    update_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Medians over trials; `spread` is (third quartile - first quartile) / median of forward plus backward."""
+
+    samples: int
+    shard_fraction: float
+    forward_s: float
+    backward_s: float
+    update_s: float
+    spread: float
+
+    def row(self, device_kind: str, mode: str, layer_kind: str) -> Timing:
+        """Return the row of a model profile."""
+        return Timing(
+            device_kind=device_kind,
+            mode=mode,
+            layer_kind=layer_kind,
+            samples=self.samples,
+            shard_fraction=self.shard_fraction,
+            forward_s=self.forward_s,
+            backward_s=self.backward_s,
+            update_s=self.update_s,
+            spread=self.spread,
+        )
+
+
+class NoShardOps:
+    """f and g of a shard that is timed alone: the all-reduces are priced by the planner from the link."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+
+class StageBench:
+    """A stage with random weights, run as the engine runs one: backward adds to gradients that are there.
+
+    Args:
+        workload: The model and how it is run.
+        layers: The half-open range of layers.
+        units: The half-open range of shard units, or None for whole layers.
+    """
+
+    def __init__(
+        self, workload: Workload, layers: tuple[int, int], units: tuple[int, int] | None = None
+    ) -> None:
+        self._workload = workload
+        self._first = layers[0] == 0
+        is_last = layers[1] == len(workload.model.layer_names)
+        self._loss = LOSSES[workload.loss] if is_last else None
+        module, self.parameters = workload.model.build_stage(
+            layers, workload.dtype, units, None if units is None else NoShardOps()
+        )
+        self._generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters.values():
+            nn.init.normal_(parameter, std=0.02, generator=self._generator)
+        module.to(workload.device)
+        self._module: StageModule = module
+        trained = {id(p): p for p in self.parameters.values() if p.requires_grad}
+        for parameter in trained.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self._optimizer = workload.optimizer.build(list(trained.values()))
+
+    def load(self, samples: int) -> None:
+        """Make random rows: token ids for the first stage, activations for a later one."""
+        work = self._workload
+        shape = (samples, work.sequence_length)
+        num_tokens = int(work.model.spec.config["vocab_size"])
+        ids = torch.randint(num_tokens, shape, generator=self._generator)
+        boundary = work.model.boundary_shape((work.sequence_length,))
+        self._x = ids.to(work.device) if self._first else self._random((samples, *boundary))
+        self._gradient = None if self._loss else self._random((samples, *boundary))
+        self._targets: Mapping[str, Tensor] = {"labels": ids.to(work.device)}
+
+    def _random(self, shape: tuple[int, ...]) -> Tensor:
+        values = torch.randn(shape, generator=self._generator)
+        return values.to(self._workload.device, self._workload.dtype)
+
+    def rows(self) -> Tensor:
+        """Return the stage's input as it arrives from the wire: a new leaf."""
+        x = self._x.detach()
+        return x.requires_grad_() if x.is_floating_point() else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the stage's output, on the last stage the loss."""
+        output = self._module(x, {})
+        if self._loss is None:
+            return output
+        return self._loss.total(output, self._targets) / self._loss.count(self._targets)
+
+    def backward(self, output: Tensor) -> None:
+        """Add to the gradients."""
+        torch.autograd.backward(output, self._gradient)
+
+    def update(self) -> None:
+        """Run the optimizer's step."""
+        self._optimizer.step()
+
+    def wait(self) -> None:
+        """Wait until the device has computed what was asked of it."""
+        if self._workload.device.type == "cuda":
+            torch.cuda.synchronize(self._workload.device)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    forward_s: float
+    backward_s: float
+    update_s: float
+
+
+def _timed(bench: StageBench, stopwatch: Stopwatch) -> tuple[float, float]:
+    """Return the seconds of one forward and of one backward."""
+    x = bench.rows()
+    stopwatch.reset()
+    stopwatch.begin_compute()
+    output = bench.forward(x)
+    bench.wait()
+    stopwatch.end_compute()
+    forward_s = stopwatch.compute_s
+    stopwatch.begin_compute()
+    bench.backward(output)
+    bench.wait()
+    stopwatch.end_compute()
+    return forward_s, stopwatch.compute_s - forward_s
+
+
+def _timed_update(bench: StageBench, stopwatch: Stopwatch) -> float:
+    stopwatch.reset()
+    stopwatch.begin_compute()
+    bench.update()
+    bench.wait()
+    stopwatch.end_compute()
+    return stopwatch.compute_s
+
+
+def _trial(bench: StageBench, stopwatch: Stopwatch, repeats: int) -> _Trial:
+    times = [_timed(bench, stopwatch) for _ in range(repeats)]
+    update_s = _timed_update(bench, stopwatch)
+    return _Trial(median(f for f, _ in times), median(b for _, b in times), update_s)
+
+
+def _warm_up(bench: StageBench, stopwatch: Stopwatch, effort: Effort) -> int:
+    """Run until caches, allocator and optimizer state are warm; return the repeats that fill a trial."""
+    spent_s = once_s = sum(_timed(bench, stopwatch))
+    _timed_update(bench, stopwatch)
+    while spent_s < effort.trial_s:
+        once_s = sum(_timed(bench, stopwatch))
+        spent_s += max(once_s, effort.trial_s / 100)
+    return min(max(round(effort.trial_s / max(once_s, 1e-9)), 1), 100)
+
+
+def _spread(trials: Sequence[_Trial]) -> float:
+    return spread_of([t.forward_s + t.backward_s for t in trials])
+
+
+def _trials(bench: StageBench, samples: int, stopwatch: Stopwatch, effort: Effort) -> list[_Trial]:
+    bench.load(samples)
+    repeats = _warm_up(bench, stopwatch, effort)
+    trials: list[_Trial] = []
+    spent_s = 0.0
+    while len(trials) < effort.least_trials or (
+        spent_s < effort.limit_s
+        and (
+            len(trials) < effort.trials
+            or (len(trials) < 2 * effort.trials and _spread(trials) > NOISY_SPREAD)
+        )
+    ):
+        trial = _trial(bench, stopwatch, repeats)
+        trials.append(trial)
+        spent_s += repeats * (trial.forward_s + trial.backward_s) + trial.update_s
+    return trials
+
+
+def _medians(trials: Sequence[_Trial]) -> tuple[float, float, float]:
+    return (
+        median(t.forward_s for t in trials),
+        median(t.backward_s for t in trials),
+        median(t.update_s for t in trials),
+    )
+
+
+def _fraction(workload: Workload, units: tuple[int, int] | None) -> float:
+    return 1.0 if units is None else (units[1] - units[0]) / workload.model.shard_units
+
+
+def time_stage(
+    workload: Workload,
+    layers: tuple[int, int],
+    samples: int,
+    stopwatch: Stopwatch,
+    effort: Effort,
+    units: tuple[int, int] | None = None,
+) -> LayerTime:
+    """Time the layers of a stage together.
+
+    Args:
+        workload: The model and how it is run.
+        layers: The half-open range of layers.
+        samples: Rows in a forward and backward.
+        stopwatch: Gives the seconds.
+        effort: How long to measure.
+        units: The half-open range of shard units, or None for whole layers.
+    """
+    trials = _trials(StageBench(workload, layers, units), samples, stopwatch, effort)
+    return LayerTime(samples, _fraction(workload, units), *_medians(trials), _spread(trials))
+
+
+def time_overhead(
+    workload: Workload, layer_index: int, stopwatch: Stopwatch, effort: Effort
+) -> StageOverhead:
+    """Return what a stage costs beside its blocks: what three blocks take less than three times one block.
+
+    Trials of one and of three blocks take turns, so that a device that slows down slows both.
+
+    Args:
+        workload: The model and how it is run.
+        layer_index: The first of three layers of one kind; where there are no three, nothing is overhead.
+        stopwatch: Gives the seconds.
+        effort: How long to measure.
+    """
+    kinds = workload.model.layer_kinds
+    n = _BLOCKS_FOR_OVERHEAD
+    alike = kinds[layer_index : layer_index + n] == (kinds[layer_index],) * n
+    if not alike or layer_index == 0 or layer_index + n == len(kinds):
+        return StageOverhead()
+    one, several = (StageBench(workload, (layer_index, layer_index + k)) for k in (1, n))
+    repeats = []
+    for bench in (one, several):
+        bench.load(1)
+        repeats.append(_warm_up(bench, stopwatch, effort))
+    pairs: list[tuple[_Trial, _Trial]] = []
+    spent_s = 0.0
+    while len(pairs) < effort.least_trials or (len(pairs) < effort.trials and spent_s < effort.limit_s):
+        pair = _trial(one, stopwatch, repeats[0]), _trial(several, stopwatch, repeats[1])
+        pairs.append(pair)
+        spent_s += sum(r * (t.forward_s + t.backward_s) for r, t in zip(repeats, pair, strict=True))
+
+    def constant_s(ones: Sequence[float], manies: Sequence[float]) -> float:
+        found = median((n * a - b) / (n - 1) for a, b in zip(ones, manies, strict=True))
+        return min(max(found, 0.0), median(ones) / 2)
+
+    return StageOverhead(
+        constant_s([a.forward_s for a, _ in pairs], [b.forward_s for _, b in pairs]),
+        constant_s([a.backward_s for a, _ in pairs], [b.backward_s for _, b in pairs]),
+        constant_s([a.update_s for a, _ in pairs], [b.update_s for _, b in pairs]),
+    )
+
+
+def time_layer(
+    workload: Workload,
+    layer_index: int,
+    sample_counts: Sequence[int],
+    stopwatch: Stopwatch,
+    effort: Effort,
+    units: tuple[int, int] | None = None,
+    overhead: StageOverhead | None = None,
+) -> list[LayerTime]:
+    """Time one layer at several sample counts.
+
+    Args:
+        workload: The model and how it is run.
+        layer_index: The layer; the last one's time includes the loss.
+        sample_counts: Rows in a forward and backward, rising. A slow device is not asked for all of them: more
+            samples than take `effort.slow_s` follow the line through those before.
+        stopwatch: Gives the seconds.
+        effort: How long to measure a row.
+        units: The half-open range of shard units, or None for the whole layer.
+        overhead: What a stage costs beside its blocks; taken off.
+    """
+    overhead = overhead or StageOverhead()
+    bench = StageBench(workload, (layer_index, layer_index + 1), units)
+    times: list[LayerTime] = []
+    for samples in sample_counts:
+        if len(times) >= 2 and times[-1].forward_s + times[-1].backward_s > effort.slow_s / 2:
+            break
+        trials = _trials(bench, samples, stopwatch, effort)
+        forward_s, backward_s, update_s = _medians(trials)
+        times.append(
+            LayerTime(
+                samples,
+                _fraction(workload, units),
+                max(forward_s - overhead.forward_s, 0.0),
+                max(backward_s - overhead.backward_s, 0.0),
+                max(update_s - overhead.update_s, 0.0),
+                _spread(trials),
+            )
+        )
+    return times

@@ -1,0 +1,145 @@
+"""Counts what a layer needs: bytes of parameters, of its output and kept for backward, and FLOPs.
+
+Bytes kept are counted on small real runs, of one and of two samples: their difference is what a sample keeps,
+and what does not grow with samples (position tables) stays out. FLOPs are those of the operators that run.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from colledge.measure.compute import OptimizerFactory, StageBench, Workload
+from colledge.models import LayeredModel
+from colledge.profiles import LayerProfile, TensorProfile
+
+_ALLREDUCES_A_BLOCK = 2  # one after attention and one after the MLP, and as many in the backward pass
+
+
+def count_model(
+    model: LayeredModel, sequence_length: int, dtype: torch.dtype, loss: str, optimizer: OptimizerFactory
+) -> tuple[LayerProfile, ...]:
+    """Return the profile of every layer; one layer of each kind is run.
+
+    Args:
+        model: The structure.
+        sequence_length: Tokens a row.
+        dtype: Of parameters and activations.
+        loss: By name; part of the last layer.
+        optimizer: The run's.
+    """
+    workload = Workload(model, sequence_length, dtype, torch.device("cpu"), loss, optimizer)
+    counted: dict[str, LayerProfile] = {}
+    layers = []
+    for index, (name, kind) in enumerate(zip(model.layer_names, model.layer_kinds, strict=True)):
+        if kind not in counted:
+            counted[kind] = count_layer(workload, index)
+        layers.append(counted[kind].model_copy(update={"name": name, "tied_to": _tied_to(model, index)}))
+    return tuple(layers)
+
+
+def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
+    """Return the profile of one layer, from two small runs of it.
+
+    Args:
+        workload: The model and how it is run.
+        layer_index: The layer.
+    """
+    model, dtype = workload.model, workload.dtype
+    shapes = model.layer_parameters(layer_index)
+    bench = StageBench(workload, (layer_index, layer_index + 1))
+    trained = {name for name, parameter in bench.parameters.items() if parameter.requires_grad}
+    boundary = model.boundary_shape((workload.sequence_length,))
+    is_last = layer_index == len(model.layer_names) - 1
+    output_bytes = 0 if is_last else prod(boundary) * dtype.itemsize
+    forward_flops, backward_flops = _flops(bench)
+    return LayerProfile(
+        name=model.layer_names[layer_index],
+        kind=model.layer_kinds[layer_index],
+        parameter_bytes=sum(prod(shape) for shape in shapes.values()) * dtype.itemsize,
+        trainable_parameter_bytes=sum(prod(s) for name, s in shapes.items() if name in trained)
+        * dtype.itemsize,
+        output_bytes_per_sample=output_bytes,
+        saved_bytes_per_sample=max(_saved_bytes(bench, 2) - _saved_bytes(bench, 1), 0),
+        forward_flops_per_sample=forward_flops,
+        backward_flops_per_sample=backward_flops,
+        tensor=_tensor_profile(model, layer_index, output_bytes),
+        tied_to=_tied_to(model, layer_index),
+    )
+
+
+def _saved_bytes(bench: StageBench, samples: int) -> int:
+    """Return the bytes that a forward keeps for its backward; a storage counts once, parameters do not."""
+    bench.load(samples)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in bench.parameters.values()}
+    saved: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = bench.forward(bench.rows())
+    del output  # what was saved lived until here, so that no address was used twice
+    return sum(saved.values())
+
+
+def _flops(bench: StageBench) -> tuple[float, float]:
+    """Return the FLOPs of one sample's forward and backward; a multiply-add is two."""
+    aten = torch.ops.aten
+    attention = {  # PyTorch counts the attention kernels of GPUs only
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    bench.load(1)
+    x = bench.rows()
+    with FlopCounterMode(display=False, custom_mapping=attention) as forward:
+        output = bench.forward(x)
+    with FlopCounterMode(display=False, custom_mapping=attention) as backward:
+        bench.backward(output)
+    return float(forward.get_total_flops()), float(backward.get_total_flops())
+
+
+_Shape = tuple[int, ...]
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: object, **__: object) -> int:
+    flops: int = sdpa_flop_count(query, key, value)  # type: ignore[no-untyped-call]
+    return flops
+
+
+def _attention_backward_flops(
+    gradient: _Shape, query: _Shape, key: _Shape, value: _Shape, *_: object, **__: object
+) -> int:
+    flops: int = sdpa_backward_flop_count(  # type: ignore[no-untyped-call]
+        gradient, query, key, value
+    )
+    return flops
+
+
+def _tensor_profile(model: LayeredModel, layer_index: int, output_bytes: int) -> TensorProfile | None:
+    units = model.shard_units
+    if units == 1 or all(model.slices(name, (0, 1)) is None for name in model.layer_parameters(layer_index)):
+        return None
+    return TensorProfile(
+        units=units,
+        forward_allreduces=_ALLREDUCES_A_BLOCK,
+        backward_allreduces=_ALLREDUCES_A_BLOCK,
+        allreduce_bytes_per_sample=output_bytes,
+    )
+
+
+def _tied_to(model: LayeredModel, layer_index: int) -> str | None:
+    """Return the earlier layer of which this one shares a weight."""
+    for name in model.layer_parameters(layer_index):
+        source = model.tied.get(name)
+        for index in range(layer_index):
+            if source is not None and source in model.layer_parameters(index):
+                return model.layer_names[index]
+    return None

@@ -1,0 +1,52 @@
+"""Memory of this process and of its device."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import psutil
+import torch
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory that this process holds."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def runtime_bytes(device: torch.device) -> int:
+    """Return the bytes that a worker takes before any weight: the interpreter and its libraries.
+
+    Libraries arrive page by page as they are first used, so a small product runs first. A GPU's runtime is
+    not counted: `usable_bytes` is what it leaves.
+
+    Args:
+        device: Where the worker computes.
+    """
+    if device.type == "cuda":
+        return 0
+    x = torch.randn(64, 64, requires_grad=True)
+    torch.nn.functional.softmax(x @ x, -1).sum().backward()  # type: ignore[no-untyped-call]
+    del x
+    gc.collect()
+    return resident_bytes()
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Return the bytes that training may use, runtime included: what is free now and what this process holds.
+
+    Args:
+        device: Where the worker computes.
+    """
+    if device.type == "cuda":
+        torch.zeros((), device=device)  # makes the context, which is not ours to use
+        return int(torch.cuda.mem_get_info(device)[0])
+    usable = int(psutil.virtual_memory().available) + resident_bytes()
+    for path in _CGROUP_LIMITS:  # a container may have less than its machine
+        try:
+            usable = min(usable, int(path.read_text()))
+        except (OSError, ValueError):  # no such file, or `max`
+            continue
+    return usable

@@ -1,0 +1,589 @@
+"""Any plan trains exactly as one process does: losses, weights, predictions, and a change of plans half-way.
+
+The yardstick is the plain Hugging Face model on the whole batch in one process. Every tree of stages, replicas
+and shards of up to four devices is drawn with random cuts, rows, fractions, schedules, models and data; at the
+end the examples together must have covered everything that a plan can express.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+
+from colledge.data.batch import Batch
+from colledge.models import HuggingFaceCausalLM
+from colledge.models.huggingface import use_float64_norms
+from colledge.parallel import Engine, EngineSettings, Message, OptimizerSettings
+from colledge.parallel.engine import command
+from colledge.plan import Plan
+from tests.multiproc.workers import Workers
+
+NUM_STEPS = 20
+TOLERANCE = {"float64": 1e-10, "float32": 1e-4}
+VOCABULARY = 61
+DEVICES = ("d0", "d1", "d2", "d3")
+
+OPTIMIZERS = {
+    "adamw": OptimizerSettings(learning_rate=1e-2, weight_decay=0.1),
+    "adamw-clipped": OptimizerSettings(learning_rate=1e-2, weight_decay=0.1, gradient_clipping=0.5),
+    "sgd-clipped": OptimizerSettings(
+        name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, gradient_clipping=1.0
+    ),
+}
+
+
+def _config(name: str) -> PretrainedConfig:
+    """Return a tiny model of 3 or 4 blocks; its inner widths are no multiples of its shard units."""
+    kind, _, tie = name.partition("-")
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": tie == "tied",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.1,  # large enough that attention is not uniform and every gradient counts
+    }
+    separate = {
+        "hidden_size": 32,
+        "intermediate_size": 46,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32,
+    }
+    match kind:
+        case "llama":
+            return LlamaConfig(**common, **separate, num_hidden_layers=3, pad_token_id=0)
+        case "qwen2":
+            return Qwen2Config(**common, **separate, num_hidden_layers=4)
+    gpt2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    del common["attention_dropout"]
+    return GPT2Config(**common, **gpt2, n_embd=32, n_head=4, n_layer=3, n_positions=32, n_inner=50)
+
+
+@lru_cache(maxsize=None)
+def _model(name: str) -> HuggingFaceCausalLM:
+    return HuggingFaceCausalLM(_config(name).to_dict())
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, beside the plan: the yardstick is made once a case."""
+
+    model: str = "llama-tied"
+    optimizer: str = "adamw"
+    global_batch_size: int = 8
+    padding: str = "right"  # none | right | left
+    empty_rows: int = 0  # the last rows of every batch are padding only
+    precision: str = "float64"
+
+
+def _optimizer(case: Case) -> OptimizerSettings:
+    """Return a case's optimizer.
+
+    AdamW divides by the gradient's own size, so an entry whose true gradient is 0 (the key biases of GPT-2) moves
+    by round-off divided by `eps`: in float32 and with the usual 1e-8 one process alone strays from its own
+    float64 run by 1e-2. The larger `eps` makes float32 a question that has an answer.
+    """
+    chosen = OPTIMIZERS[case.optimizer]
+    return chosen.model_copy(update={"eps": 1e-3}) if case.precision == "float32" else chosen
+
+
+@lru_cache(maxsize=None)
+def make_batch(case: Case, index: int, extra_rows: int = 0) -> Batch:
+    """Return the batch of a step; the sequence length changes from one to the next."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    rows, length = case.global_batch_size + extra_rows, (10, 7)[index % 2]
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    if case.padding == "none":
+        return Batch({"input_ids": ids}, {"labels": ids.clone()})
+    lengths = torch.randint(3, length + 1, (rows, 1), generator=generator)
+    if case.empty_rows:
+        lengths[case.global_batch_size - case.empty_rows : case.global_batch_size] = 0
+    positions = torch.arange(length)
+    mask = positions < lengths if case.padding == "right" else positions >= length - lengths
+    ids = ids.masked_fill(~mask, 0)
+    labels = ids.masked_fill(~mask, -100)
+    return Batch({"input_ids": ids, "attention_mask": mask.long()}, {"labels": labels})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training gave."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    evaluated: float
+    logits: Tensor
+
+    def difference(self, other: Outcome) -> float:
+        """Return the largest relative difference; of tensors, relative to the other's largest entry."""
+        assert set(self.weights) == set(other.weights)
+        numbers = zip(
+            [*self.losses, *self.norms, self.evaluated],
+            [*other.losses, *other.norms, other.evaluated],
+            strict=True,
+        )
+        tensors = [(self.weights[name], other.weights[name]) for name in self.weights]
+        tensors.append((self.logits, other.logits))
+        return max(
+            *(abs(a - b) / abs(b) for a, b in numbers),
+            *(float((a - b).abs().max() / b.abs().max()) for a, b in tensors),
+        )
+
+
+def _start_weights(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(
+        _config(case.model), dtype=getattr(torch, case.precision), attn_implementation="sdpa"
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # they begin as zeros, where a lost or doubled bias would not show
+                parameter.normal_(std=0.1)
+    return model, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum"
+    )
+
+
+@lru_cache(maxsize=None)
+def reference(case: Case) -> Outcome:
+    """Train the plain model in this process."""
+    torch.set_num_threads(1)
+    model, _ = _start_weights(case)
+    if case.precision == "float64":
+        use_float64_norms(model)
+    chosen = _optimizer(case)
+    optimizer: torch.optim.Optimizer
+    if chosen.name == "adamw":
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay, eps=chosen.eps
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=chosen.learning_rate,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+        )
+    losses, norms = [], []
+    for index in range(NUM_STEPS):
+        batch = make_batch(case, index)
+        labels = batch.targets["labels"]
+        optimizer.zero_grad()
+        loss = _summed_loss(model(**batch.inputs).logits, labels) / (labels[:, 1:] != -100).sum()
+        loss.backward()
+        if chosen.gradient_clipping is not None:
+            norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.gradient_clipping)))
+        optimizer.step()
+        losses.append(loss.item())
+    final = make_batch(case, NUM_STEPS, extra_rows=3)
+    with torch.no_grad():
+        logits = model(**final.inputs).logits
+    return Outcome(
+        losses,
+        norms,
+        {name: p.detach() for name, p in model.named_parameters()},
+        float(_summed_loss(logits, final.targets["labels"])),
+        logits,
+    )
+
+
+def _engine(plan: Plan, case: Case, workers: Workers) -> Engine:
+    _, weights = _start_weights(case)
+    engine_settings = EngineSettings(
+        optimizer=_optimizer(case),
+        precision=case.precision,  # type: ignore[arg-type]
+    )
+    return Engine(plan, _model(case.model), weights, engine_settings, workers.ranks, workers.wire)
+
+
+def train(plans: Iterable[Plan], case: Case, workers: Workers) -> Outcome:
+    """Train under the plans, each for an equal share of the steps; the state moves from one to the next."""
+    plans = list(plans)
+    steps_each = NUM_STEPS // len(plans)
+    engine: Engine | None = None
+    losses, norms = [], []
+    for plan in plans:
+        before, engine = engine, _engine(plan, case, workers) if engine is None else engine
+        if before is not None:
+            layers = {name: before.checkpoint_layer(name) for name in before.model.layer_names}
+            step = before.step
+            before.close()
+            engine = _engine(plan, case, workers)
+            for name, values in layers.items():
+                engine.restore_layer(name, values, step)
+        for _ in range(steps_each):
+            record = engine.train_step(make_batch(case, engine.step))
+            losses.append(record.loss)
+            if record.gradient_norm is not None:
+                norms.append(record.gradient_norm)
+    assert engine is not None
+    weights = {name: t for layer in engine.state_dict().values() for name, t in layer.items()}
+    final = make_batch(case, NUM_STEPS, extra_rows=3)
+    evaluated, num_targets = engine.evaluate(final)
+    assert num_targets == int((final.targets["labels"][:, 1:] != -100).sum())
+    logits = engine.forward(final)
+    engine.close()
+    return Outcome(losses, norms, weights, evaluated, logits)
+
+
+# -- plans ---------------------------------------------------------------------------------------------------------
+
+Tree = tuple[tuple[int, int], ...]  # of each stage: replicas, shards a replica
+
+
+def _trees(num_devices: int) -> list[Tree]:
+    """Return every tree of stages, replicas and shards with exactly so many devices."""
+    if num_devices == 0:
+        return [()]
+    return [
+        ((used // shards, shards), *rest)
+        for used in range(1, num_devices + 1)
+        for shards in range(1, used + 1)
+        if used % shards == 0
+        for rest in _trees(num_devices - used)
+    ]
+
+
+TREES = [tree for num_devices in range(1, 5) for tree in _trees(num_devices)]
+
+
+def _name(tree: Tree) -> str:
+    return ">".join(f"{replicas}x{shards}" for replicas, shards in tree)
+
+
+@st.composite
+def _parts(draw: st.DrawFn, total: int, count: int, least: int) -> list[int]:
+    """Draw `count` whole numbers of at least `least` that sum to `total`; the simplest draw is unequal."""
+    parts = []
+    for later in range(count - 1, 0, -1):
+        part = draw(st.integers(least, total - later * least))
+        parts.append(part)
+        total -= part
+    return [*parts, total]
+
+
+@st.composite
+def _plans(draw: st.DrawFn, tree: Tree, model: HuggingFaceCausalLM, global_batch_size: int) -> Plan:
+    """Draw a valid plan with this tree."""
+    num_layers, units = len(model.layer_names), model.shard_units
+    divisors = [size for size in range(2, global_batch_size) if global_batch_size % size == 0]
+    microbatch_size = draw(st.sampled_from([*divisors, global_batch_size]))
+    devices = iter(draw(st.permutations(DEVICES)))
+    cuts = draw(_parts(num_layers, len(tree), 1))
+    stages, start = [], 0
+    for (num_replicas, num_shards), size in zip(tree, cuts, strict=True):
+        samples = draw(_parts(microbatch_size, num_replicas, 0))
+        fractions = [part / units for part in draw(_parts(units, num_shards, 1))]
+        stages.append(
+            {
+                "layers": [start, start + size],
+                "replicas": [
+                    {"samples": n, "shards": [{"device": next(devices), "fraction": f} for f in fractions]}
+                    for n in samples
+                ],
+            }
+        )
+        start += size
+    num_microbatches = global_batch_size // microbatch_size
+    schedule: dict[str, Any] = {"name": draw(st.sampled_from(["1f1b", "gpipe"]))}
+    if schedule["name"] == "1f1b" and draw(st.sampled_from([True, False])):
+        depths = draw(st.lists(st.integers(1, num_microbatches + 1), min_size=len(tree), max_size=len(tree)))
+        schedule["warmup"] = sorted(depths, reverse=True)
+    return Plan.model_validate(
+        {
+            "schema": "colledge/plan/1",
+            "num_layers": num_layers,
+            "global_batch_size": global_batch_size,
+            "microbatch_size": microbatch_size,
+            "schedule": schedule,
+            "stages": stages,
+            "recompute": draw(st.lists(st.booleans(), min_size=len(tree), max_size=len(tree))),
+        }
+    )
+
+
+@st.composite
+def _cases(draw: st.DrawFn, tree: Tree, precision: str = "float64") -> tuple[Case, Plan]:
+    """Draw what to train and a plan for it."""
+    case = Case(
+        model=draw(st.sampled_from([f"{kind}-{tie}" for tie in ("tied", "untied") for kind in KINDS])),
+        optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
+        global_batch_size=draw(st.sampled_from([6, 8, 9, 4])),
+        padding=draw(st.sampled_from(["right", "left", "none"])),
+        precision=precision,
+    )
+    plan = draw(_plans(tree, _model(case.model), case.global_batch_size))
+    if case.padding != "none" and plan.num_microbatches > 1 and draw(st.sampled_from([True, False])):
+        case = replace(case, empty_rows=plan.microbatch_size)
+    return case, plan
+
+
+KINDS = ("llama", "qwen2", "gpt2")
+
+
+def _features(case: Case, plan: Plan) -> set[str]:
+    """Return what an example covers."""
+    sizes = [stage.layers[1] - stage.layers[0] for stage in plan.stages]
+    samples = [[replica.samples for replica in stage.replicas] for stage in plan.stages]
+    data = any(len(stage.replicas) > 1 for stage in plan.stages)
+    tensor = any(stage.num_shards > 1 for stage in plan.stages)
+    pipeline = plan.num_stages > 1
+    default = plan.model_copy(update={"schedule": plan.schedule.model_copy(update={"warmup": None})})
+    odd = plan.schedule.warmup is not None and plan.warmup_depths() != default.warmup_depths()
+    kind, _, tie = case.model.partition("-")
+    return {
+        feature
+        for feature, there in {
+            "samples unequal": any(len(set(n)) > 1 for n in samples),
+            "samples zero": any(0 in n for n in samples),
+            "cut unequal": len(set(sizes)) > 1,
+            "stage of one layer": pipeline and 1 in sizes,
+            "shards unequal": any(len(set(stage.replicas[0].fractions)) > 1 for stage in plan.stages),
+            "data x pipeline": data and pipeline and not tensor,
+            "tensor x pipeline": tensor and pipeline and not data,
+            "tensor x data": any(len(s.replicas) > 1 and s.num_shards > 1 for s in plan.stages),
+            "all three": data and tensor and pipeline,
+            "one micro-batch": plan.num_microbatches == 1,
+            "odd warm-up": pipeline and odd,
+            "recomputation": plan.recompute is not None and any(plan.recompute),
+            "recomputation in one of two stages": len(set(plan.recompute or ())) == 2,
+            "padding": case.padding != "none",
+            "last micro-batch all padding": case.empty_rows > 0,
+        }.items()
+        if there
+    } | {
+        f"{len(plan.devices)} devices",
+        f"family {plan.family}",
+        f"schedule {plan.schedule.name}",
+        f"{tie} over {'stages' if pipeline else 'one stage'}",
+        f"model {kind}",
+        f"optimizer {case.optimizer}",
+        f"padding {case.padding}",
+    }
+
+
+FEATURES = {
+    "samples unequal",
+    "samples zero",
+    "cut unequal",
+    "stage of one layer",
+    "shards unequal",
+    "data x pipeline",
+    "tensor x pipeline",
+    "tensor x data",
+    "all three",
+    "one micro-batch",
+    "odd warm-up",
+    "recomputation",
+    "recomputation in one of two stages",
+    "padding",
+    "last micro-batch all padding",
+    *(f"{count} devices" for count in range(1, 5)),
+    *(f"family {family}" for family in ("single", "data", "pipeline", "tensor", "hybrid")),
+    *(f"schedule {name}" for name in ("1f1b", "gpipe")),
+    *(f"{tie} over {span}" for tie in ("tied", "untied") for span in ("stages", "one stage")),
+    *(f"model {kind}" for kind in KINDS),
+    *(f"optimizer {name}" for name in OPTIMIZERS),
+    *(f"padding {side}" for side in ("none", "right", "left")),
+}
+EXAMPLES_A_TREE = {1: 3, 2: 4, 3: 3, 4: 2}  # by number of devices
+
+_covered: dict[str, set[str]] = {"float64": set(), "float32": set()}
+_plans_run: dict[str, set[str]] = {"float64": set(), "float32": set()}
+
+
+def _check(case: Case, plan: Plan, workers: Workers) -> None:
+    difference = train([plan], case, workers).difference(reference(case))
+    assert difference < TOLERANCE[case.precision], (difference, case, plan.describe(), plan)
+    _plans_run[case.precision].add(plan.model_dump_json())
+    _covered[case.precision] |= _features(case, plan)
+
+
+def _property_settings(max_examples: int) -> settings:
+    """Return the same examples every time; no shrinking, as every example trains for real."""
+    return settings(
+        max_examples=max_examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+    )
+
+
+@pytest.mark.parametrize("tree", TREES, ids=_name)
+def test_any_plan_trains_as_one_process_does(tree: Tree, workers: Workers) -> None:
+    @_property_settings(EXAMPLES_A_TREE[sum(r * s for r, s in tree)])
+    @given(_cases(tree))
+    def trains_alike(drawn: tuple[Case, Plan]) -> None:
+        _check(*drawn, workers)
+
+    trains_alike()
+
+
+@pytest.mark.parametrize("tree", TREES[1::2], ids=_name)
+def test_float32_trains_as_one_process_does(tree: Tree, workers: Workers) -> None:
+    @_property_settings(1)
+    @given(_cases(tree, "float32"))
+    def trains_alike(drawn: tuple[Case, Plan]) -> None:
+        _check(*drawn, workers)
+
+    trains_alike()
+
+
+def _stage(layers: tuple[int, int], *replicas: tuple[int, dict[str, float]]) -> dict[str, Any]:
+    return {
+        "layers": list(layers),
+        "replicas": [
+            {"samples": samples, "shards": [{"device": d, "fraction": f} for d, f in shards.items()]}
+            for samples, shards in replicas
+        ],
+    }
+
+
+def _plan(*stages: dict[str, Any], global_batch_size: int = 8, microbatch_size: int = 4) -> Plan:
+    return Plan.model_validate(
+        {
+            "schema": "colledge/plan/1",
+            "num_layers": stages[-1]["layers"][1],
+            "global_batch_size": global_batch_size,
+            "microbatch_size": microbatch_size,
+            "stages": list(stages),
+        }
+    )
+
+
+PLANS = {
+    "data": _plan(_stage((0, 5), (3, {"d0": 1}), (1, {"d1": 1}))),
+    "pipeline": _plan(_stage((0, 1), (4, {"d0": 1})), _stage((1, 5), (4, {"d1": 1}))),
+    "tensor": _plan(_stage((0, 5), (4, {"d0": 0.75, "d1": 0.25}))),
+    "hybrid": _plan(
+        _stage((0, 2), (4, {"d2": 0.25, "d0": 0.75})),
+        _stage((2, 5), (3, {"d3": 1}), (1, {"d1": 1})),
+        microbatch_size=4,
+    ),
+    "hybrid reversed": _plan(
+        _stage((0, 3), (1, {"d1": 1}), (1, {"d3": 1})),
+        _stage((3, 5), (2, {"d0": 0.5, "d2": 0.5})),
+        microbatch_size=2,
+    ),
+    "one device": _plan(_stage((0, 5), (8, {"d2": 1})), microbatch_size=8),
+}
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("hybrid", "data"), ("one device", "hybrid reversed"), ("tensor", "hybrid"), ("pipeline", "tensor")],
+)
+@pytest.mark.parametrize(
+    "case",
+    [Case("llama-tied", "adamw-clipped"), Case("gpt2-untied", "sgd-clipped"), Case("gpt2-tied", "adamw")],
+    ids=lambda case: f"{case.model}-{case.optimizer}",
+)
+def test_training_goes_on_exactly_under_another_plan(
+    case: Case, before: str, after: str, workers: Workers
+) -> None:
+    outcome = train([PLANS[before], PLANS[after]], case, workers)
+    assert outcome.difference(reference(case)) < TOLERANCE["float64"]
+
+
+def test_layers_are_restored_in_any_order(workers: Workers) -> None:
+    case = Case("llama-tied")
+    engine = _engine(PLANS["pipeline"], case, workers)
+    for index in range(10):
+        engine.train_step(make_batch(case, index))
+    layers = {name: engine.checkpoint_layer(name) for name in engine.model.layer_names}
+    engine.close()
+    engine = _engine(PLANS["hybrid"], case, workers)
+    for name in reversed(engine.model.layer_names):
+        engine.restore_layer(name, layers[name], 10)
+    losses = [engine.train_step(make_batch(case, index)).loss for index in range(10, NUM_STEPS)]
+    engine.close()
+    assert losses == pytest.approx(reference(case).losses[10:], rel=1e-10)
+
+
+# -- negative controls ---------------------------------------------------------------------------------------------
+
+_BOTH = ("d0", "d1")
+_DROP = dict.fromkeys(_BOTH, {"fault": "drop_all_reduce", "number": 3})
+_SMALL = {"bucket_bytes": 4096}
+
+# name -> plan, model, what to inject in each device
+CONTROLS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
+    "nothing broken": ("data", "llama-tied", {}),
+    "many small buckets": ("data", "llama-tied", dict.fromkeys(_BOTH, _SMALL)),
+    "an all-reduce over replicas dropped": ("data", "llama-tied", _DROP),
+    "one small bucket dropped": ("data", "llama-tied", {d: {**_DROP[d], **_SMALL} for d in _BOTH}),
+    "an all-reduce of a tied weight dropped": ("pipeline", "llama-tied", _DROP),
+    "an all-reduce over shards dropped": ("tensor", "llama-untied", _DROP),
+    "one replica misweighed": ("data", "llama-tied", {"d1": {"fault": "misweigh", "factor": 1.01}}),
+}
+HARMLESS = {"nothing broken", "many small buckets"}
+
+
+def _run_controls() -> dict[str, float]:
+    """Train with each fault in this process's own world; return how far each is from the yardstick."""
+    from tests.multiproc.faulty_worker import FaultyWorkers
+
+    world = FaultyWorkers(2)
+    differences = {}
+    for name, (plan, model, faults) in CONTROLS.items():
+        orders = {
+            rank: Message({"command": "inject", "fault": "none", **faults.get(device, {})})
+            for device, rank in world.ranks.items()
+        }
+        command(world.wire, orders, "inject", world.ranks)
+        case = Case(model)
+        differences[name] = train([PLANS[plan]], case, world).difference(reference(case))
+    world.close()
+    return differences
+
+
+@pytest.fixture(scope="module")
+def control_differences() -> dict[str, float]:
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.multiproc.test_exactness"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return dict(json.loads(finished.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_the_comparison_sees_a_fault(control: str, control_differences: dict[str, float]) -> None:
+    if control in HARMLESS:
+        assert control_differences[control] < TOLERANCE["float64"]
+    else:
+        assert control_differences[control] > 1e5 * TOLERANCE["float64"]
+
+
+def test_the_examples_covered_everything_a_plan_can_express(request: pytest.FixtureRequest) -> None:
+    if request.config.option.keyword or len(request.session.items) < len(TREES):
+        pytest.skip("only some of the examples were selected")
+    assert len(_plans_run["float64"]) >= 60
+    assert len(_plans_run["float32"]) >= 12
+    assert _covered["float64"] == FEATURES
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run_controls()))
