@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ from typing import Protocol
 import torch
 from pydantic import Field
 
-from colledge.launch.run_config import DeviceConfig, PoolConfig
+from colledge.launch.run_config import DeviceConfig
 from colledge.measure import (
     NOISY_SPREAD,
     Effort,
@@ -39,24 +40,26 @@ from colledge.measure import (
     time_overhead,
     usable_bytes,
 )
-from colledge.models import LayeredModel, ModelSpec, Precision, build_model
+from colledge.models import LayeredModel, ModelSpec, build_model
 from colledge.models.layered import DTYPES
-from colledge.parallel import Message, OptimizerSettings, Wire
+from colledge.parallel import Message, Wire
 from colledge.parallel.clock import Clock
 from colledge.parallel.device import Handler
 from colledge.parallel.engine import command
+from colledge.parallel.setup import build_optimizer
 from colledge.parallel.wire import Pace
 from colledge.profiles import DeviceProfile, LayerProfile, LinkProfile, ModelProfile, PoolProfile, Timing
 from colledge.records import Record
+from colledge.settings import Emulation, OptimizerSettings, Precision
 from colledge.units import format_bytes
 
 _LARGEST_SAMPLES = 8
 _SHARD_SAMPLES = (1, 4)
 _DATA_TAG, _ACKNOWLEDGE_TAG = 10, 11
-_SMALL_BYTES, _SMALL_MESSAGES = 1024, 20
+_SMALL_BYTES, _SMALL_MESSAGES = 1024, 10
 _SIZES_BYTES = (64 * 1024, 256 * 1024, 1024**2, 4 * 1024**2)
 _MESSAGES = 5
-_LONG_TRANSFER_S = 0.1  # a message as slow as this is the largest that a link is measured with
+_LONG_TRANSFER_S = 0.03  # a message as slow as this is the largest that a link is measured with
 
 
 # -- requests ----------------------------------------------------------------------------------------------------
@@ -100,16 +103,15 @@ class WorkloadRequest(Record):
             DTYPES[self.precision],
             torch.device(self.accelerator),
             self.loss,
-            self.optimizer,
+            partial(build_optimizer, self.optimizer),
         )
 
 
 class Overhead(Record):
     """`colledge.measure.StageOverhead` on the wire."""
 
-    forward_s: float = 0.0
-    backward_s: float = 0.0
-    update_s: float = 0.0
+    forward_s: float = Field(ge=0)
+    update_s: float = Field(ge=0)
 
 
 class LayersRequest(Record):
@@ -178,9 +180,7 @@ def _measure_layers(message: Message, wire: Wire) -> Message:
     layer_kind = workload.model.layer_kinds[request.layer_index]
     answer = LayersAnswer(
         rows=tuple(t.row(request.device_kind, request.mode, layer_kind) for t in times),
-        overhead=Overhead(
-            forward_s=overhead.forward_s, backward_s=overhead.backward_s, update_s=overhead.update_s
-        ),
+        overhead=Overhead(forward_s=overhead.forward_s, update_s=overhead.update_s),
     )
     return Message({"answer": answer.model_dump(mode="json")})
 
@@ -272,41 +272,11 @@ HANDLERS: Mapping[str, Handler] = {
 # -- on the coordinator ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ProfileSettings:
-    """How the model will be trained, so that it is measured like that.
+class Progress(Protocol):
+    """Hears of every measurement before it begins, and of what is too noisy to rely on."""
 
-    Args:
-        name: What to call the model in its profile.
-        sequence_length: Tokens a row.
-        global_batch_size: Rows a step; no more samples are measured at once.
-        precision: Of parameters and activations.
-        optimizer: Its update is timed.
-        loss: By name.
-    """
-
-    name: str
-    sequence_length: int
-    global_batch_size: int
-    precision: Precision
-    optimizer: OptimizerSettings
-    loss: str = "causal_lm"
-
-
-class ProgressCallback(Protocol):
-    """Hears of every measurement before it begins."""
-
-    def __call__(self, done: int, total: int, what: str) -> None:
-        """Show that `done` of `total` measurements are over and that `what` is next."""
-
-
-@dataclass(frozen=True)
-class Profiles:
-    """What was measured, and which of it is too noisy to rely on."""
-
-    pool: PoolProfile
-    model: ModelProfile
-    warnings: tuple[str, ...]
+    def __call__(self, line: str, /) -> None:
+        """Show a line."""
 
 
 @dataclass(frozen=True)
@@ -317,28 +287,70 @@ class _LayerTask:
     num_units: int | None
 
 
+@dataclass(frozen=True)
+class _Training:
+    """How the model will be trained, so that it is measured like that."""
+
+    name: str
+    sequence_length: int
+    global_batch_size: int
+    precision: Precision
+    optimizer: OptimizerSettings
+    loss: str
+
+
 def profile_pool(
     wire: Wire,
     ranks: Mapping[str, int],
-    pool: PoolConfig,
+    devices: Sequence[DeviceConfig],
     model: LayeredModel,
-    settings: ProfileSettings,
-    progress: ProgressCallback | None = None,
-) -> Profiles:
-    """Measure a pool and a model on it: memory, layers and links.
+    *,
+    name: str,
+    sequence_length: int,
+    global_batch_size: int,
+    precision: Precision,
+    optimizer: OptimizerSettings,
+    loss: str = "causal_lm",
+    progress: Progress | None = None,
+) -> tuple[PoolProfile, ModelProfile]:
+    """Measure devices, their links, and a model on them.
 
     Args:
         wire: The coordinator's messages.
         ranks: The rank of every device.
-        pool: The devices; an emulated one is measured as slow as it pretends to be.
-        model: The structure.
-        settings: How it will be trained.
-        progress: Hears of every measurement.
+        devices: The pool; an emulated device is measured as slow as it pretends to be.
+        model: The structure; weights are random.
+        name: What to call the model in its profile.
+        sequence_length: Tokens a row.
+        global_batch_size: Rows a step; no more are measured at once.
+        precision: Of parameters and activations.
+        optimizer: Its update is timed.
+        loss: By name; part of the last layer.
+        progress: Hears of every measurement, and of the noisy ones.
 
     Raises:
-        ColledgeError: A device failed, or does not answer; the message names it.
+        ColledgeError: A device failed or does not answer; the message names it.
     """
-    return _Profiler(wire, ranks, pool, model, settings, progress).run()
+    training = _Training(name, sequence_length, global_batch_size, precision, optimizer, loss)
+    return _Profiler(wire, ranks, devices, model, training, progress).run()
+
+
+def noise_warnings(pool: PoolProfile, model: ModelProfile) -> list[str]:
+    """Return a line for every layer kind on every device kind of which a timing is too noisy to rely on."""
+    devices = {device.kind: device.id for device in reversed(pool.devices)}
+    worst: dict[tuple[str, str], float] = {}
+    for row in model.timings:
+        key = (row.layer_kind, devices.get(row.device_kind, row.device_kind))
+        worst[key] = max(worst.get(key, 0.0), row.spread)
+    return [
+        _noise(f"{layer_kind} on {device}", spread)
+        for (layer_kind, device), spread in worst.items()
+        if spread > NOISY_SPREAD
+    ]
+
+
+def _noise(what: str, spread: float) -> str:
+    return f"{what}: spread {100 * spread:.0f} %, measure again on an idle device"
 
 
 class _Profiler:
@@ -346,62 +358,65 @@ class _Profiler:
         self,
         wire: Wire,
         ranks: Mapping[str, int],
-        pool: PoolConfig,
+        devices: Sequence[DeviceConfig],
         model: LayeredModel,
-        settings: ProfileSettings,
-        progress: ProgressCallback | None,
+        training: _Training,
+        progress: Progress | None,
     ) -> None:
-        self._wire, self._model, self._settings = wire, model, settings
-        self._devices = {device.id: device for device in pool.devices}
+        self._wire, self._model, self._training = wire, model, training
+        self._devices = {device.id: device for device in devices}
         self._ranks = {id: ranks[id] for id in self._devices}
         for id, rank in self._ranks.items():
             wire.names[rank] = f"device {id!r}"
         self._progress = progress
         self._done = self._total = 0
-        self._warnings: list[str] = []
 
-    def run(self) -> Profiles:
+    def run(self) -> tuple[PoolProfile, ModelProfile]:
         pairs = list(combinations(self._devices, 2))
-        self._total = len(self._devices)
-        facts = {id: self._facts(device) for id, device in self._devices.items()}
+        facts = self._facts()
         kinds = {id: _emulated_kind(facts[id].kind, device) for id, device in self._devices.items()}
         tasks = list(self._tasks(kinds))
-        self._total += 1 + len(tasks) + 2 * len(pairs)
+        self._total = 1 + len(tasks) + 2 * len(pairs)
         first = next(iter(self._devices.values()))
         self._next("bytes and FLOPs of the layers")
         answer = self._ask(first.id, "count_layers", self._workload(first, measured=False))
         layers = tuple(LayerProfile.model_validate(layer) for layer in answer)  # type: ignore[attr-defined]
-        timings = self._timings(tasks, kinds)
+        timings = list(self._timings(tasks, kinds))
         links = [
             self._link(source, target)
             for pair in pairs
             for source, target in (pair, pair[::-1])
         ]  # fmt: skip
-        self._say("done")
-        return Profiles(
-            PoolProfile(
-                schema_tag="colledge/pool-profile/1",
-                devices=tuple(self._device_profiles(facts, kinds)),
-                links=tuple(links),
-            ),
-            ModelProfile(
-                schema_tag="colledge/model-profile/1",
-                name=self._settings.name,
-                sequence_length=self._settings.sequence_length,
-                layers=layers,
-                timings=tuple(timings),
-            ),
-            tuple(self._warnings),
+        pool = PoolProfile(
+            schema_tag="colledge/pool-profile/1",
+            devices=tuple(self._device_profiles(facts, kinds)),
+            links=tuple(links),
         )
+        profile = ModelProfile(
+            schema_tag="colledge/model-profile/1",
+            name=self._training.name,
+            sequence_length=self._training.sequence_length,
+            layers=layers,
+            timings=tuple(timings),
+        )
+        for line in noise_warnings(pool, profile):
+            self._say(line)
+        return pool, profile
 
     # -- devices ---------------------------------------------------------------------------------------------------
 
-    def _facts(self, device: DeviceConfig) -> DeviceFacts:
-        self._next(f"memory of {device.id}")
-        request = DeviceRequest(
-            model=self._model.spec, accelerator=device.accelerator, threads=device.threads
-        )
-        return DeviceFacts.model_validate(self._ask(device.id, "measure_device", request))
+    def _facts(self) -> dict[str, DeviceFacts]:
+        """Ask all devices at once what they are: nothing is timed yet."""
+        self._say("memory and processors of all devices")
+        messages = {}
+        for id, device in self._devices.items():
+            request = DeviceRequest(
+                model=self._model.spec, accelerator=device.accelerator, threads=device.threads
+            )
+            fields = {"command": "measure_device", "request": request.model_dump(mode="json")}
+            messages[self._ranks[id]] = Message(fields)
+        answers = command(self._wire, messages, "profiling (measure_device)", self._ranks)
+        return {id: DeviceFacts.model_validate(answers[id].fields["answer"]) for id in self._devices}
 
     def _device_profiles(
         self, facts: Mapping[str, DeviceFacts], kinds: Mapping[str, str]
@@ -425,24 +440,21 @@ class _Profiler:
     # -- layers ----------------------------------------------------------------------------------------------------
 
     def _tasks(self, kinds: Mapping[str, str]) -> Iterator[_LayerTask]:
-        """Yield what to time: each kind of layer on the first device of each kind, blocks also in parts."""
-        counts = sample_counts(self._settings.global_batch_size)
+        """Yield what to time: each kind of layer on the first device of each kind, what can be cut also in parts."""
+        counts = sample_counts(self._training.global_batch_size)
         shard_counts = tuple(c for c in _SHARD_SAMPLES if c <= counts[-1])
         layer_kinds = self._model.layer_kinds
-        first_of_kind = {kind: id for id, kind in reversed(kinds.items())}
-        for id in sorted(first_of_kind.values(), key=list(kinds).index):
+        measured: set[str] = set()
+        for id, kind in kinds.items():
+            if kind in measured:
+                continue
+            measured.add(kind)
             for layer_kind in dict.fromkeys(layer_kinds):
                 index = layer_kinds.index(layer_kind)
                 yield _LayerTask(id, index, counts, None)
-                if len(kinds) > 1 and self._is_sharded(index):
+                if len(kinds) > 1 and self._model.is_sharded(index):
                     for num_units in shard_parts(self._model.shard_units):
                         yield _LayerTask(id, index, shard_counts, num_units)
-
-    def _is_sharded(self, layer_index: int) -> bool:
-        model = self._model
-        return model.shard_units > 1 and any(
-            model.slices(name, (0, 1)) is not None for name in model.layer_parameters(layer_index)
-        )
 
     def _timings(self, tasks: Sequence[_LayerTask], kinds: Mapping[str, str]) -> Iterator[Timing]:
         overheads: dict[tuple[str, int], Overhead] = {}
@@ -462,19 +474,16 @@ class _Profiler:
             )
             answer = LayersAnswer.model_validate(self._ask(device.id, "measure_layers", request))
             overheads[device.id, task.layer_index] = answer.overhead
-            worst = max(row.spread for row in answer.rows)
-            if worst > NOISY_SPREAD:
-                self._warn(f"{layer_kind} on {device.id}{part}", worst)
             yield from answer.rows
 
     def _workload(self, device: DeviceConfig, measured: bool) -> WorkloadRequest:
-        settings = self._settings
+        training = self._training
         return WorkloadRequest(
             model=self._model.spec,
-            sequence_length=settings.sequence_length,
-            precision=settings.precision,
-            loss=settings.loss,
-            optimizer=settings.optimizer,
+            sequence_length=training.sequence_length,
+            precision=training.precision,
+            loss=training.loss,
+            optimizer=training.optimizer,
             accelerator=device.accelerator if measured else "cpu",
             threads=device.threads,
             slowdown=device.emulate.slowdown if measured else 1.0,
@@ -494,7 +503,7 @@ class _Profiler:
         fit: LinkFit = fit_link(samples)
         if fit.spread > NOISY_SPREAD:
             largest = format_bytes(max(num_bytes for num_bytes, _ in samples))
-            self._warn(f"link {source} -> {target} ({largest} messages)", fit.spread)
+            self._say(_noise(f"link {source} -> {target} ({largest} messages)", fit.spread))
         return LinkProfile(
             source=source,
             target=target,
@@ -503,7 +512,7 @@ class _Profiler:
         )
 
     def _exchange(self, source: str, target: str, size: int) -> tuple[tuple[int, float], ...]:
-        latency_s, bandwidth = emulated_link(self._devices[source], self._devices[target])
+        latency_s, bandwidth = emulated_link(self._devices[source].emulate, self._devices[target].emulate)
         messages = {}
         for id, peer in ((source, target), (target, source)):
             request = LinkRequest(
@@ -527,15 +536,12 @@ class _Profiler:
         return answers[device].fields["answer"]
 
     def _next(self, what: str) -> None:
-        self._say(what)
         self._done += 1
+        self._say(f"[{self._done}/{self._total}] {what}")
 
-    def _say(self, what: str) -> None:
+    def _say(self, line: str) -> None:
         if self._progress is not None:
-            self._progress(self._done, self._total, what)
-
-    def _warn(self, what: str, spread: float) -> None:
-        self._warnings.append(f"{what}: spread {spread:.0%}, measure again on an idle device")
+            self._progress(line)
 
 
 def sample_counts(global_batch_size: int) -> tuple[int, ...]:
@@ -552,9 +558,9 @@ def shard_parts(num_units: int) -> tuple[int, ...]:
     return tuple(sorted({1, num_units // 2, num_units - 1} - {0, num_units}))
 
 
-def emulated_link(source: DeviceConfig, target: DeviceConfig) -> tuple[float, float | None]:
+def emulated_link(source: Emulation, target: Emulation) -> tuple[float, float | None]:
     """Return latency and bandwidth of the link to rehearse between two devices: the slower of its ends."""
-    ends = (source.emulate, target.emulate)
+    ends = (source, target)
     bandwidths = [e.bandwidth_bytes_per_s for e in ends if e.bandwidth_bytes_per_s is not None]
     return sum(e.latency_s for e in ends), min(bandwidths, default=None)
 

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from colledge.errors import ColledgeError
+from colledge.launch.profiling import HANDLERS
 from colledge.parallel import DeviceWorker
 from colledge.parallel.world import join_world, leave_world, timeout_from_environment
 
@@ -24,7 +25,7 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         world = join_world(timeout_from_environment())
-        DeviceWorker(world).serve()
+        DeviceWorker(world, HANDLERS).serve()
     except ColledgeError as fault:
         print(f"colledge worker: {fault}", file=sys.stderr, flush=True)
         os._exit(fault.exit_code)  # sockets close now: that is what frees the peers that wait for this device

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from colledge.measure.spread import NOISY_SPREAD, spread_of
 from colledge.models import LayeredModel
 from colledge.models.layered import StageModule
-from colledge.models.losses import LOSSES
+from colledge.models.losses import LOSSES, OutputShard
 from colledge.profiles import Timing
 
 _BLOCKS_FOR_OVERHEAD = 3
@@ -45,7 +45,7 @@ class Stopwatch(Protocol):
 class OptimizerFactory(Protocol):
     """What makes the run's optimizer."""
 
-    def build(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    def __call__(self, parameters: list[nn.Parameter], /) -> torch.optim.Optimizer:
         """Return an optimizer of these parameters."""
 
 
@@ -82,19 +82,18 @@ class Effort:
         slow_s: A forward and backward as slow as this ends the doubling of sample counts.
     """
 
-    trial_s: float = 0.03
+    trial_s: float = 0.02
     trials: int = 5
     least_trials: int = 3
-    limit_s: float = 0.6
+    limit_s: float = 0.4
     slow_s: float = 2.0
 
 
 @dataclass(frozen=True)
 class StageOverhead:
-    """What a stage costs beside its blocks, in seconds a forward, a backward and an update."""
+    """What a stage costs beside its blocks, in seconds a forward and an update; a backward has nothing such."""
 
     forward_s: float = 0.0
-    backward_s: float = 0.0
     update_s: float = 0.0
 
 
@@ -135,6 +134,14 @@ class NoShardOps:
         """Return x."""
         return x
 
+    def sum_in_place(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
+    def max_in_place(self, x: Tensor) -> Tensor:
+        """Return x."""
+        return x
+
 
 class StageBench:
     """A stage with random weights, run as the engine runs one: backward adds to gradients that are there.
@@ -152,9 +159,10 @@ class StageBench:
         self._first = layers[0] == 0
         is_last = layers[1] == len(workload.model.layer_names)
         self._loss = LOSSES[workload.loss] if is_last else None
-        module, self.parameters = workload.model.build_stage(
-            layers, workload.dtype, units, None if units is None else NoShardOps()
-        )
+        ops = NoShardOps() if units is not None else None
+        module, self.parameters = workload.model.build_stage(layers, workload.dtype, units, ops)
+        columns = workload.model.output_columns(units) if units is not None else None
+        self._shard = OutputShard(columns, ops) if columns is not None and ops is not None else None
         self._generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters.values():
             nn.init.normal_(parameter, std=0.02, generator=self._generator)
@@ -163,7 +171,7 @@ class StageBench:
         trained = {id(p): p for p in self.parameters.values() if p.requires_grad}
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer = workload.optimizer.build(list(trained.values()))
+        self._optimizer = workload.optimizer(list(trained.values()))
 
     def load(self, samples: int) -> None:
         """Make random rows: token ids for the first stage, activations for a later one."""
@@ -190,7 +198,7 @@ class StageBench:
         output = self._module(x, {})
         if self._loss is None:
             return output
-        return self._loss.total(output, self._targets) / self._loss.count(self._targets)
+        return self._loss.total(output, self._targets, self._shard) / self._loss.count(self._targets)
 
     def backward(self, output: Tensor) -> None:
         """Add to the gradients."""
@@ -315,7 +323,8 @@ def time_overhead(
 ) -> StageOverhead:
     """Return what a stage costs beside its blocks: what three blocks take less than three times one block.
 
-    Trials of one and of three blocks take turns, so that a device that slows down slows both.
+    Trials of one and of three blocks take turns, so that a device that slows down slows both, and the fastest
+    of each count: a disturbance only adds time, and the overhead is a small difference of large times.
 
     Args:
         workload: The model and how it is run.
@@ -333,21 +342,21 @@ def time_overhead(
     for bench in (one, several):
         bench.load(1)
         repeats.append(_warm_up(bench, stopwatch, effort))
-    pairs: list[tuple[_Trial, _Trial]] = []
+    ones: list[_Trial] = []
+    manies: list[_Trial] = []
     spent_s = 0.0
-    while len(pairs) < effort.least_trials or (len(pairs) < effort.trials and spent_s < effort.limit_s):
-        pair = _trial(one, stopwatch, repeats[0]), _trial(several, stopwatch, repeats[1])
-        pairs.append(pair)
-        spent_s += sum(r * (t.forward_s + t.backward_s) for r, t in zip(repeats, pair, strict=True))
+    while len(ones) < effort.least_trials or (len(ones) < 2 * effort.trials and spent_s < effort.limit_s):
+        ones.append(_trial(one, stopwatch, repeats[0]))
+        manies.append(_trial(several, stopwatch, repeats[1]))
+        for count, trial in zip(repeats, (ones[-1], manies[-1]), strict=True):
+            spent_s += count * (trial.forward_s + trial.backward_s) + trial.update_s
 
-    def constant_s(ones: Sequence[float], manies: Sequence[float]) -> float:
-        found = median((n * a - b) / (n - 1) for a, b in zip(ones, manies, strict=True))
-        return min(max(found, 0.0), median(ones) / 2)
+    def constant_s(one_s: float, several_s: float) -> float:
+        return min(max((n * one_s - several_s) / (n - 1), 0.0), one_s)
 
     return StageOverhead(
-        constant_s([a.forward_s for a, _ in pairs], [b.forward_s for _, b in pairs]),
-        constant_s([a.backward_s for a, _ in pairs], [b.backward_s for _, b in pairs]),
-        constant_s([a.update_s for a, _ in pairs], [b.update_s for _, b in pairs]),
+        constant_s(min(t.forward_s for t in ones), min(t.forward_s for t in manies)),
+        constant_s(min(t.update_s for t in ones), min(t.update_s for t in manies)),
     )
 
 
@@ -385,7 +394,7 @@ def time_layer(
                 samples,
                 _fraction(workload, units),
                 max(forward_s - overhead.forward_s, 0.0),
-                max(backward_s - overhead.backward_s, 0.0),
+                backward_s,
                 max(update_s - overhead.update_s, 0.0),
                 _spread(trials),
             )

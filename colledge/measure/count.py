@@ -17,7 +17,10 @@ from colledge.measure.compute import OptimizerFactory, StageBench, Workload
 from colledge.models import LayeredModel
 from colledge.profiles import LayerProfile, TensorProfile
 
-_ALLREDUCES_A_BLOCK = 2  # one after attention and one after the MLP, and as many in the backward pass
+# (forward, backward) all-reduces of activations. A block: after attention and after the MLP, and as many on the
+# way back. A head: the gradient of its input; of its outputs only three numbers a token travel, left out here.
+_BLOCK_ALLREDUCES = (2, 2)
+_HEAD_ALLREDUCES = (0, 1)
 
 
 def count_model(
@@ -53,9 +56,8 @@ def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
     shapes = model.layer_parameters(layer_index)
     bench = StageBench(workload, (layer_index, layer_index + 1))
     trained = {name for name, parameter in bench.parameters.items() if parameter.requires_grad}
-    boundary = model.boundary_shape((workload.sequence_length,))
+    boundary_bytes = prod(model.boundary_shape((workload.sequence_length,))) * dtype.itemsize
     is_last = layer_index == len(model.layer_names) - 1
-    output_bytes = 0 if is_last else prod(boundary) * dtype.itemsize
     forward_flops, backward_flops = _flops(bench)
     return LayerProfile(
         name=model.layer_names[layer_index],
@@ -63,11 +65,11 @@ def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
         parameter_bytes=sum(prod(shape) for shape in shapes.values()) * dtype.itemsize,
         trainable_parameter_bytes=sum(prod(s) for name, s in shapes.items() if name in trained)
         * dtype.itemsize,
-        output_bytes_per_sample=output_bytes,
+        output_bytes_per_sample=0 if is_last else boundary_bytes,
         saved_bytes_per_sample=max(_saved_bytes(bench, 2) - _saved_bytes(bench, 1), 0),
         forward_flops_per_sample=forward_flops,
         backward_flops_per_sample=backward_flops,
-        tensor=_tensor_profile(model, layer_index, output_bytes),
+        tensor=_tensor_profile(model, layer_index, boundary_bytes),
         tied_to=_tied_to(model, layer_index),
     )
 
@@ -123,15 +125,15 @@ def _attention_backward_flops(
     return flops
 
 
-def _tensor_profile(model: LayeredModel, layer_index: int, output_bytes: int) -> TensorProfile | None:
-    units = model.shard_units
-    if units == 1 or all(model.slices(name, (0, 1)) is None for name in model.layer_parameters(layer_index)):
+def _tensor_profile(model: LayeredModel, layer_index: int, boundary_bytes: int) -> TensorProfile | None:
+    if not model.is_sharded(layer_index):
         return None
+    forward, backward = _HEAD_ALLREDUCES if layer_index == len(model.layer_names) - 1 else _BLOCK_ALLREDUCES
     return TensorProfile(
-        units=units,
-        forward_allreduces=_ALLREDUCES_A_BLOCK,
-        backward_allreduces=_ALLREDUCES_A_BLOCK,
-        allreduce_bytes_per_sample=output_bytes,
+        units=model.shard_units,
+        forward_allreduces=forward,
+        backward_allreduces=backward,
+        allreduce_bytes_per_sample=boundary_bytes,
     )
 
 

@@ -20,7 +20,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from colledge.errors import ModelError
 from colledge.models.layered import ModelSpec
-from colledge.models.sharding import ShardedBlock, ShardOps, Slice, find_sharding, shard_block
+from colledge.models.sharding import (
+    ShardedBlock,
+    ShardedLinear,
+    ShardOps,
+    Slice,
+    find_sharding,
+    shard_block,
+    shard_head,
+)
 
 _POSITION_EMBEDDINGS = ("wpe",)
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
@@ -180,6 +188,27 @@ class HuggingFaceCausalLM:
         heads = self._config.num_attention_heads
         return int(getattr(self._config, "num_key_value_heads", None) or heads)
 
+    @cached_property
+    def _head_sharding(self) -> ShardedLinear | None:
+        """The head cut along the vocabulary; a head tied to the embedding stays whole."""
+        return None if self.tied else ShardedLinear(self._head, column=True)
+
+    def is_sharded(self, layer_index: int) -> bool:
+        """Return whether the shards of a replica share this layer's work; else each does all of it."""
+        if layer_index == len(self.layer_names) - 1:
+            return self.shard_units > 1 and self._head_sharding is not None
+        return self.shard_units > 1 and layer_index > 0
+
+    def output_columns(self, units: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the columns of the model's output that a shard computes; None for all of them."""
+        part = self.slices(f"{self._head}.weight", units)
+        return part.ranges[0] if part is not None else None
+
+    @property
+    def output_width(self) -> int:
+        """The size of the vocabulary."""
+        return self._shapes[f"{self._head}.weight"][0]
+
     def boundary_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return (sequence length, hidden size) for input ids of (sequence length,)."""
         return (*input_shape, int(self._config.hidden_size))
@@ -199,6 +228,9 @@ class HuggingFaceCausalLM:
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that a shard holds; None is all of it."""
         prefix = f"{self._base_name}.{self._blocks}."
+        if name.startswith(f"{self._head}.") and self._head_sharding is not None:
+            parameter = name.rpartition(".")[2]
+            return self._head_sharding.slice(parameter, self._shapes[name], units, self.shard_units)
         if not name.startswith(prefix):
             return None
         index, _, path = name.removeprefix(prefix).partition(".")
@@ -240,6 +272,8 @@ class HuggingFaceCausalLM:
             assert ops is not None
             for offset, block in enumerate(kept):
                 shard_block(block, self._block_sharding(begin + offset), units, self.shard_units, ops)
+            if last and self._head_sharding is not None:
+                shard_head(model, self._head_sharding, units, self.shard_units, ops)
         if not first:
             for name in self._embeddings:
                 replacement = _NoPositions() if name in _POSITION_EMBEDDINGS else nn.Identity()

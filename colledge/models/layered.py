@@ -85,6 +85,16 @@ class LayeredModel(Protocol):
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that the shard with these units holds; None is all of it."""
 
+    def is_sharded(self, layer_index: int) -> bool:
+        """Return whether the shards of a replica share this layer's work; else each does all of it."""
+
+    def output_columns(self, units: tuple[int, int]) -> tuple[int, int] | None:
+        """Return the half-open columns of the model's output that a shard computes; None for all of them."""
+
+    @property
+    def output_width(self) -> int:
+        """The columns of the model's output."""
+
     def build_stage(
         self,
         layers: tuple[int, int],

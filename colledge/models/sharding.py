@@ -25,6 +25,12 @@ class ShardOps(Protocol):
     def leave(self, x: Tensor) -> Tensor:
         """Return x summed over the shards; in the backward pass, the identity (g)."""
 
+    def sum_in_place(self, x: Tensor) -> Tensor:
+        """Return x summed over the shards, written to x itself; no gradient."""
+
+    def max_in_place(self, x: Tensor) -> Tensor:
+        """Return the largest of every element over the shards, written to x itself; no gradient."""
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -156,24 +162,36 @@ def shard_block(
         ops: f (`enter`) and g (`leave`).
     """
     for linear in sharding.linears:
+        cut = _cut_linear(block, linear, units, num_units, ops)
         parent = block.get_submodule(linear.path.rpartition(".")[0])
-        whole = block.get_submodule(linear.path)
-        parts: dict[str, Tensor | None] = {}
-        for name in ("weight", "bias"):
-            tensor = getattr(whole, name, None)
-            part = None if tensor is None else linear.slice(name, tuple(tensor.shape), units, num_units)
-            parts[name] = tensor if tensor is None or part is None else part.take(tensor.detach())
-        assert parts["weight"] is not None
-        setattr(
-            parent,
-            linear.path.rpartition(".")[2],
-            _ParallelLinear(linear, parts["weight"], parts["bias"], ops),
-        )
         if linear.parts > 1:  # the attention splits the fused output into equal projections by this size
-            size = parts["weight"].shape[1 if linear.transposed else 0] // linear.parts
+            size = cut.weight.shape[1 if linear.transposed else 0] // linear.parts
             object.__setattr__(parent, "split_size", size)
     for region in sharding.regions:
         block.get_submodule(region).register_forward_pre_hook(_enter(ops), with_kwargs=True)
+
+
+def shard_head(
+    model: nn.Module, linear: ShardedLinear, units: tuple[int, int], num_units: int, ops: ShardOps
+) -> None:
+    """Cut a model's head in place: this shard's columns of the vocabulary, f before them."""
+    _cut_linear(model, linear, units, num_units, ops).register_forward_pre_hook(_enter(ops), with_kwargs=True)
+
+
+def _cut_linear(
+    module: nn.Module, linear: ShardedLinear, units: tuple[int, int], num_units: int, ops: ShardOps
+) -> _ParallelLinear:
+    whole = module.get_submodule(linear.path)
+    parts: dict[str, Tensor | None] = {}
+    for name in ("weight", "bias"):
+        tensor = getattr(whole, name, None)
+        part = None if tensor is None else linear.slice(name, tuple(tensor.shape), units, num_units)
+        parts[name] = tensor if tensor is None or part is None else part.take(tensor.detach())
+    assert parts["weight"] is not None
+    cut = _ParallelLinear(linear, parts["weight"], parts["bias"], ops)
+    parent, _, name = linear.path.rpartition(".")
+    setattr(module.get_submodule(parent), name, cut)
+    return cut
 
 
 class _EnterHook(Protocol):

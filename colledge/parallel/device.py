@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from colledge.errors import ColledgeError, DeviceError
 from colledge.models import build_model
 from colledge.models.layered import DTYPES, LayeredModel
-from colledge.models.losses import LOSSES
+from colledge.models.losses import LOSSES, OutputShard
 from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
 from colledge.parallel.gradients import Gradients, TiedWeight
@@ -140,8 +140,12 @@ class _Part:
         module, self._parameters = self._model.build_stage(stage.layers, dtype, self._units, ops)
         module.to(device)
         is_last = place.stage_index == plan.num_stages - 1
+        self._output_shard = self._find_output_shard(ops) if is_last else None
         self._runner = StageRunner(
-            module, LOSSES[setup.loss] if is_last else None, plan.recomputes(place.stage_index)
+            module,
+            LOSSES[setup.loss] if is_last else None,
+            plan.recomputes(place.stage_index),
+            self._output_shard,
         )
         self._reports_loss = is_last and place.shard_index == 0
         tied = self._tied_weights(tied_group)
@@ -163,6 +167,12 @@ class _Part:
             dtype,
             device,
         )
+
+    def _find_output_shard(self, ops: ShardGroupOps | None) -> OutputShard | None:
+        if self._units is None or ops is None:
+            return None
+        columns = self._model.output_columns(self._units)
+        return OutputShard(columns, ops) if columns is not None else None
 
     def _tied_weights(self, group: Group | None) -> dict[str, TiedWeight]:
         if group is None:
@@ -264,12 +274,24 @@ class _Part:
         x, context, targets = self._rows(message)
         self._clock.reset()
         outputs = self._executor.infer(fields["step"], x, context, tuple(fields["boundary"]))
-        if not outputs or not self._reports_loss:
+        if not outputs:
             return Message({"loss": 0.0})
         output = torch.cat(outputs)
+        self._clock.begin_compute()
         if fields["want"] == "outputs":
-            return Message({"loss": 0.0}, {"output": output})
-        return Message({"loss": self._runner.total_loss(output, targets)})
+            output = self._whole_output(output)
+            return Message({"loss": 0.0}, {"output": output} if self._reports_loss else {})
+        loss = self._runner.total_loss(output, targets)  # every shard takes part, one reports
+        return Message({"loss": loss if self._reports_loss else 0.0})
+
+    def _whole_output(self, output: Tensor) -> Tensor:
+        """Return all columns of an output of which the shards hold parts."""
+        if self._output_shard is None:
+            return output
+        start, stop = self._output_shard.columns
+        whole = output.new_zeros(*output.shape[:-1], self._model.output_width)
+        whole[..., start:stop] = output
+        return self._output_shard.ops.sum_in_place(whole)
 
     def _rows(self, message: Message) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         parts: dict[str, dict[str, Tensor]] = {"x": {}, "context": {}, "targets": {}}

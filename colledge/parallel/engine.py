@@ -299,19 +299,20 @@ class Engine:
         return self._read_layer(layer_name, True)
 
     def restore_layer(self, layer_name: str, values: Mapping[str, Tensor], step: int) -> None:
-        """Give a layer the values and optimizer state that `checkpoint_layer` returned after `step` steps."""
-        complete = dict(values)
-        for copy_name, source in self.model.tied.items():
-            index = self.model.layer_names.index(layer_name)
-            if copy_name in self.model.layer_parameters(index) and source not in values:
-                origin = self._read_layer(self._layer_of(source), True)
-                complete |= {
-                    key.replace(source, copy_name, 1): t
-                    for key, t in origin.items()
-                    if key.startswith(source)
-                }
+        """Give a layer the values and optimizer state that `checkpoint_layer` returned after `step` steps.
+
+        Layers may come in any order; a tied weight goes to all layers that hold it when its own layer comes.
+        """
         self.step = step
-        self._write_layer(layer_name, complete, step)
+        self._write_layer(layer_name, values, step)
+        for copy_name, source in self.model.tied.items():
+            if source in values:
+                copies = {
+                    key.replace(source, copy_name, 1): tensor
+                    for key, tensor in values.items()
+                    if key.partition("@")[0] == source
+                }
+                self._write_layer(self._layer_of(copy_name), copies, step)
 
     def _layer_of(self, parameter: str) -> str:
         for index, name in enumerate(self.model.layer_names):

@@ -153,6 +153,7 @@ class Executor:
         self.wire, self.clock, self.dtype, self.device = wire, clock, dtype, device
         self._place = place
         self._actions = schedule.stages[place.stage_index]
+        self._is_last = place.stage_index == plan.num_stages - 1
         self._num_microbatches = plan.num_microbatches
         self._num_rows = plan.stages[place.stage_index].replicas[place.replica_index].samples
         self._neighbours = find_neighbours(plan, place, ranks)
@@ -269,9 +270,8 @@ class Executor:
             self.clock.begin_compute()
             output = self._runner.infer(rows, self._rows(context, m))
             self.clock.end_compute()
-            if self._neighbours.forward_out:
-                sent += self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m)
-            else:
+            sent += self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m)
+            if self._is_last:
                 outputs.append(output)
         for transfer in sent:
             transfer.wait(f"the sends of forward {step}")

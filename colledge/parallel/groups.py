@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from colledge.errors import DeadlineError, DeviceError
 from colledge.parallel.wire import Wire
 from colledge.parallel.world import World
+
+Reduction = Literal["sum", "max"]
 
 
 class PendingReduce:
@@ -64,17 +67,19 @@ class Group:
         self.wire = wire
         self._process_group = process_group
 
-    def begin_all_reduce(self, tensor: Tensor) -> PendingReduce:
-        """Begin to sum a contiguous tensor in place over the group; do not touch it before it was waited for."""
+    def begin_all_reduce(self, tensor: Tensor, how: Reduction = "sum") -> PendingReduce:
+        """Begin to reduce a contiguous tensor in place over the group; do not touch it before it was waited for."""
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
         staged = tensor.cpu() if tensor.is_cuda else tensor
         work = self._process_group.allreduce(  # type: ignore[attr-defined]
-            [staged], dist.AllreduceOptions()
+            [staged], options
         )
         return PendingReduce(self, work, tensor.nbytes, tensor, staged)
 
-    def all_reduce(self, tensor: Tensor, action: object) -> float:
-        """Sum a contiguous tensor in place over the group; return the seconds that it took."""
-        return self.begin_all_reduce(tensor).wait(action)
+    def all_reduce(self, tensor: Tensor, action: object, how: Reduction = "sum") -> float:
+        """Reduce a contiguous tensor in place over the group; return the seconds that it took."""
+        return self.begin_all_reduce(tensor, how).wait(action)
 
 
 class GroupFactory:

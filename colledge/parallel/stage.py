@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from colledge.models.layered import StageModule
-from colledge.models.losses import Loss
+from colledge.models.losses import Loss, OutputShard
 
 
 @dataclass
@@ -28,12 +28,16 @@ class StageRunner:
     Args:
         module: The stage's layers.
         loss: On the last stage, the loss; None elsewhere.
+        shard: On the last stage, which columns of the model's output this rank computes; None for all.
         recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
     """
 
-    def __init__(self, module: nn.Module, loss: Loss | None, recompute: bool) -> None:
+    def __init__(
+        self, module: nn.Module, loss: Loss | None, recompute: bool, shard: OutputShard | None
+    ) -> None:
         self._module: StageModule = module
         self._loss = loss
+        self._shard = shard
         self._recompute = recompute
         self._saved: dict[int, _Saved] = {}
         self._denominator = 1
@@ -86,10 +90,10 @@ class StageRunner:
         """Return the loss summed over the targets of some outputs of the last stage."""
         assert self._loss is not None
         with torch.no_grad():
-            return float(self._loss.total(output, targets))
+            return float(self._loss.total(output, targets, self._shard))
 
     def _compute(self, saved: _Saved) -> Tensor:
         output = self._module(saved.x, saved.context)
         if self._loss is None:
             return output
-        return self._loss.total(output, saved.targets) / self._denominator
+        return self._loss.total(output, saved.targets, self._shard) / self._denominator

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from colledge.parallel.clock import Clock
-from colledge.parallel.groups import Group
+from colledge.parallel.groups import Group, Reduction
 
 
 class ShardGroupOps:
@@ -31,11 +31,17 @@ class ShardGroupOps:
         result: Tensor = _Leave.apply(x, self)  # type: ignore[no-untyped-call]
         return result
 
-    def sum(self, x: Tensor) -> Tensor:
-        """Return x summed over the shards, in place where x is contiguous."""
-        x = x.contiguous()
+    def sum_in_place(self, x: Tensor) -> Tensor:
+        """Return x summed over the shards, written to x itself; no gradient."""
+        return self._reduce(x, "sum")
+
+    def max_in_place(self, x: Tensor) -> Tensor:
+        """Return the largest of every element over the shards, written to x itself; no gradient."""
+        return self._reduce(x, "max")
+
+    def _reduce(self, x: Tensor, how: Reduction) -> Tensor:
         self._clock.end_compute()
-        blocked_s = self._group.all_reduce(x, "a tensor-parallel all-reduce")
+        blocked_s = self._group.all_reduce(x, "a tensor-parallel all-reduce", how)
         self._clock.waited(blocked_s, None)
         self._clock.begin_compute()
         return x
@@ -49,14 +55,15 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.ops.sum(gradients[0].clone()), None
+        # What arrives was made by the linears of this region for this node alone, so it may be written to.
+        return ctx.ops.sum_in_place(gradients[0].contiguous()), None
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, ops: ShardGroupOps) -> Tensor:
         ctx.mark_dirty(x)
-        return ops.sum(x)
+        return ops.sum_in_place(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

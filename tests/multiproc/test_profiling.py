@@ -1,0 +1,116 @@
+"""Two real devices measure themselves and their link; one is emulated: a third of the speed, 200 Mbit/s."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+from transformers import LlamaConfig
+
+from colledge.launch.profiling import profile_pool
+from colledge.launch.run_config import DeviceConfig
+from colledge.models import HuggingFaceCausalLM
+from colledge.profiles import ModelProfile, PoolProfile
+from colledge.records import read_json, write_atomically
+from colledge.settings import Emulation, OptimizerSettings
+from tests.multiproc.workers import Workers
+
+BANDWIDTH = 200e6 / 8
+LATENCY_S = 0.002
+
+Profiles = tuple[PoolProfile, ModelProfile, list[str]]
+
+
+@pytest.fixture(scope="module")
+def profiles(workers: Workers) -> Profiles:
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    devices = [
+        DeviceConfig(id="d0", threads=1, memory="3 GB"),
+        DeviceConfig(
+            id="d1", threads=1, emulate=Emulation(slowdown=3, bandwidth="200 Mbit/s", latency="2 ms")
+        ),
+    ]
+    lines: list[str] = []
+    pool, model = profile_pool(
+        workers.wire,
+        workers.ranks,
+        devices,
+        HuggingFaceCausalLM(config.to_dict()),
+        name="tiny",
+        sequence_length=64,
+        global_batch_size=4,
+        precision="float32",
+        optimizer=OptimizerSettings(),
+        progress=lines.append,
+    )
+    return pool, model, lines
+
+
+def test_an_emulated_device_is_measured_as_slow_as_it_pretends(profiles: Profiles) -> None:
+    pool, model, _ = profiles
+    rows = {(r.device_kind, r.layer_kind, r.samples, r.shard_fraction): r for r in model.timings}
+    fast, slow = (device.kind for device in pool.devices)
+
+    def seconds(key: tuple[object, ...]) -> float:
+        return rows[key].forward_s + rows[key].backward_s  # type: ignore[index]
+
+    ratios = [
+        seconds((slow, *key)) / seconds((fast, *key))
+        for kind, *key in rows
+        if kind == fast and key[0] != "embedding"
+    ]
+    assert slow == f"{fast}-x3"
+    assert 2.0 < median(ratios) < 4.5
+
+
+def test_every_kind_of_layer_is_timed_at_every_count_and_part(profiles: Profiles) -> None:
+    pool, model, _ = profiles
+    for device in pool.devices:
+        found = {
+            (row.layer_kind, row.samples, row.shard_fraction)
+            for row in model.timings
+            if row.device_kind == device.kind
+        }
+        whole = {(kind, n, 1.0) for kind in ("embedding", "block", "head") for n in (1, 2, 4)}
+        assert found == whole | {(kind, n, 0.5) for kind in ("block", "head") for n in (1, 4)}
+    assert all(row.update_s > 0 for row in model.timings if row.shard_fraction == 1)
+
+
+def test_the_rehearsed_link_is_measured(profiles: Profiles) -> None:
+    pool, _, _ = profiles
+    assert {(link.source, link.target) for link in pool.links} == {("d0", "d1"), ("d1", "d0")}
+    for link in pool.links:
+        assert link.bandwidth_bytes_per_s == pytest.approx(BANDWIDTH, rel=0.25)
+        assert LATENCY_S <= link.latency_s < LATENCY_S + 0.01
+
+
+def test_memory_is_declared_or_measured(profiles: Profiles) -> None:
+    declared, measured = profiles[0].devices
+    assert declared.memory_bytes == 3_000_000_000
+    for device in (declared, measured):
+        assert 50e6 < device.runtime_bytes < device.memory_bytes
+    assert declared.modes[0].source == "modelled"
+
+
+def test_progress_counts_the_measurements(profiles: Profiles) -> None:
+    lines = profiles[2]
+    numbered = [line for line in lines if line.startswith("[")]
+    assert numbered[0] == "[1/13] bytes and FLOPs of the layers"
+    assert numbered[-1] == "[13/13] link d1 -> d0"
+
+
+def test_profiles_survive_their_files(profiles: Profiles, tmp_path: Path) -> None:
+    pool, model, _ = profiles
+    write_atomically(tmp_path / "pool-profile.json", pool.to_json())
+    write_atomically(tmp_path / "model-profile.json", model.to_json())
+    assert read_json(PoolProfile, tmp_path / "pool-profile.json") == pool
+    assert read_json(ModelProfile, tmp_path / "model-profile.json") == model
