@@ -91,17 +91,25 @@ def _json_lines(path: Path, content: bytes) -> Iterator[str]:
 
 def _text_of(value: object, where: str) -> str:
     if not isinstance(value, dict):
-        raise DataError(f'{where}: saw {type(value).__name__}, wanted an object {{"text": ...}}.')
+        raise DataError(
+            f'{where}: saw {type(value).__name__}, wanted an object {{"text": ...}}.',
+            fix='write one {"text": ...} a line.',
+        )
     if "text" not in value:
         seen = ", ".join(repr(key) for key in list(value)[:8]) or "none"
         raise DataError(f"{where}: key 'text' is missing; the keys are {seen}.", fix="name the key `text`.")
     text = value["text"]
     if not isinstance(text, str):
-        raise DataError(f"{where}: key 'text' holds {type(text).__name__}, wanted a string.")
+        raise DataError(
+            f"{where}: key 'text' holds {type(text).__name__}, wanted a string.", fix="quote the text."
+        )
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair: legal JSON, but no text
-        raise DataError(f"{where}: key 'text' holds a lone surrogate, wanted Unicode text.") from None
+        raise DataError(
+            f"{where}: key 'text' holds a lone surrogate, wanted Unicode text.",
+            fix="write the character itself.",
+        ) from None
     return text
 
 

@@ -10,15 +10,16 @@ import json
 import sysconfig
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from colledge.launch import run
 from colledge.records import write_atomically
 
 _END = "<|end|>"
-_VOCABULARY = 2048
 _CORPUS_BYTES = 3_000_000
 
 _POOL = """\
@@ -82,12 +83,12 @@ def standard_library_source(max_bytes: int) -> list[str]:
     return texts
 
 
-def make_model(directory: Path, texts: list[str]) -> None:
-    """Write a Llama of about 5 million random parameters and a byte-level tokenizer trained on the texts."""
-    import torch
-
+def make_model(
+    directory: Path, texts: list[str], vocabulary: int = 2048, hidden_size: int = 256, num_blocks: int = 6
+) -> None:
+    """Write a Llama with random weights (5 million by default) and a byte-level tokenizer trained on the texts."""
     trainer = ByteLevelBPETokenizer()
-    trainer.train_from_iterator(texts, vocab_size=_VOCABULARY, special_tokens=[_END], show_progress=False)
+    trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=[_END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=trainer._tokenizer,
         eos_token=_END,
@@ -95,10 +96,10 @@ def make_model(directory: Path, texts: list[str]) -> None:
         clean_up_tokenization_spaces=False,
     )
     config = LlamaConfig(
-        vocab_size=_VOCABULARY,
-        hidden_size=256,
-        intermediate_size=640,
-        num_hidden_layers=6,
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 5 // 2,
+        num_hidden_layers=num_blocks,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=512,
@@ -107,5 +108,6 @@ def make_model(directory: Path, texts: list[str]) -> None:
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
+    disable_progress_bar()
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -31,13 +31,11 @@ from colledge.measure import (
     NOISY_SPREAD,
     Effort,
     LinkFit,
-    StageOverhead,
     Workload,
     count_model,
     fit_link,
     runtime_bytes,
     time_layer,
-    time_overhead,
     usable_bytes,
 )
 from colledge.models import LayeredModel, ModelSpec, build_model
@@ -107,13 +105,6 @@ class WorkloadRequest(Record):
         )
 
 
-class Overhead(Record):
-    """`colledge.measure.StageOverhead` on the wire."""
-
-    forward_s: float = Field(ge=0)
-    update_s: float = Field(ge=0)
-
-
 class LayersRequest(Record):
     """Asks a device to time one layer at several sample counts, whole or the first `num_units` shard units of it."""
 
@@ -123,14 +114,18 @@ class LayersRequest(Record):
     device_kind: str
     mode: str
     num_units: int | None = None
-    overhead: Overhead | None = None
 
 
 class LayersAnswer(Record):
-    """The rows of a layer, and the overhead that was taken off (measured if the request gave none)."""
+    """The rows of a layer."""
 
     rows: tuple[Timing, ...]
-    overhead: Overhead
+
+
+class CountAnswer(Record):
+    """The bytes and FLOPs of every layer."""
+
+    layers: tuple[LayerProfile, ...]
 
 
 class LinkRequest(Record):
@@ -171,16 +166,11 @@ def _measure_layers(message: Message, wire: Wire) -> Message:
     request = LayersRequest.model_validate(message.fields["request"])
     workload = request.workload.workload()
     clock, effort = Clock(request.workload.slowdown), Effort()
-    if request.overhead is None:
-        overhead = time_overhead(workload, request.layer_index, clock, effort)
-    else:
-        overhead = StageOverhead(**request.overhead.model_dump())
     units = None if request.num_units is None else (0, request.num_units)
-    times = time_layer(workload, request.layer_index, request.sample_counts, clock, effort, units, overhead)
+    times = time_layer(workload, request.layer_index, request.sample_counts, clock, effort, units)
     layer_kind = workload.model.layer_kinds[request.layer_index]
     answer = LayersAnswer(
         rows=tuple(t.row(request.device_kind, request.mode, layer_kind) for t in times),
-        overhead=Overhead(forward_s=overhead.forward_s, update_s=overhead.update_s),
     )
     return Message({"answer": answer.model_dump(mode="json")})
 
@@ -188,7 +178,7 @@ def _measure_layers(message: Message, wire: Wire) -> Message:
 def _count_layers(message: Message, wire: Wire) -> Message:
     work = WorkloadRequest.model_validate(message.fields["request"]).workload()
     layers = count_model(work.model, work.sequence_length, work.dtype, work.loss, work.optimizer)
-    return Message({"answer": [layer.model_dump(mode="json") for layer in layers]})
+    return Message({"answer": CountAnswer(layers=layers).model_dump(mode="json")})
 
 
 def _measure_link(message: Message, wire: Wire) -> Message:
@@ -380,7 +370,7 @@ class _Profiler:
         first = next(iter(self._devices.values()))
         self._next("bytes and FLOPs of the layers")
         answer = self._ask(first.id, "count_layers", self._workload(first, measured=False))
-        layers = tuple(LayerProfile.model_validate(layer) for layer in answer)  # type: ignore[attr-defined]
+        layers = CountAnswer.model_validate(answer).layers
         timings = list(self._timings(tasks, kinds))
         links = [
             self._link(source, target)
@@ -457,7 +447,6 @@ class _Profiler:
                         yield _LayerTask(id, index, shard_counts, num_units)
 
     def _timings(self, tasks: Sequence[_LayerTask], kinds: Mapping[str, str]) -> Iterator[Timing]:
-        overheads: dict[tuple[str, int], Overhead] = {}
         for task in tasks:
             device = self._devices[task.device]
             layer_kind = self._model.layer_kinds[task.layer_index]
@@ -470,10 +459,8 @@ class _Profiler:
                 device_kind=kinds[device.id],
                 mode=device.power_mode().name,
                 num_units=task.num_units,
-                overhead=overheads.get((device.id, task.layer_index)),
             )
             answer = LayersAnswer.model_validate(self._ask(device.id, "measure_layers", request))
-            overheads[device.id, task.layer_index] = answer.overhead
             yield from answer.rows
 
     def _workload(self, device: DeviceConfig, measured: bool) -> WorkloadRequest:

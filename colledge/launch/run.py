@@ -19,7 +19,7 @@ from colledge.launch.inputs import find_model, load_data
 from colledge.launch.job import Job, OutputFolder
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
-from colledge.models import HuggingFaceCausalLM
+from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
 from colledge.records import read_json, write_atomically
@@ -55,6 +55,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = ()) -> Inputs:
     pool = load_pool(run.pool)
     folder = find_model(run.model)
     model = HuggingFaceCausalLM.from_directory(folder)
+    SafetensorsDirectory(folder)
     load_data(run, folder)
     return Inputs(run, pool, folder, model)
 

@@ -4,11 +4,9 @@ from colledge.measure.compute import (
     Effort,
     LayerTime,
     OptimizerFactory,
-    StageOverhead,
     Stopwatch,
     Workload,
     time_layer,
-    time_overhead,
     time_stage,
 )
 from colledge.measure.count import count_layer, count_model
@@ -22,7 +20,6 @@ __all__ = [
     "LayerTime",
     "LinkFit",
     "OptimizerFactory",
-    "StageOverhead",
     "Stopwatch",
     "Workload",
     "count_layer",
@@ -32,7 +29,6 @@ __all__ = [
     "runtime_bytes",
     "spread_of",
     "time_layer",
-    "time_overhead",
     "time_stage",
     "usable_bytes",
 ]

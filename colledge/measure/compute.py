@@ -3,9 +3,9 @@
     trial      F B  F B  F B ...  U          medians of a trial's forwards and backwards, one update
     row        trial, trial, trial, ...      median over the trials, and their spread
 
-A stage of one layer costs a little more than the layer: its masks and position tables are computed once a stage,
-however many blocks it has. What is constant is found from stages of one and of three blocks, and is taken off
-a block's times, so that times of layers add up to that of a stage. The first and the last layer keep it.
+A stage costs a little beside its blocks: masks and position tables are made once, however many blocks there are.
+So a block is timed as a third of a stage of three, unless three take so long that the little does not count, and
+times of layers add up to that of a stage.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from colledge.models.layered import StageModule
 from colledge.models.losses import LOSSES, OutputShard
 from colledge.profiles import Timing
 
-_BLOCKS_FOR_OVERHEAD = 3
+_BLOCKS_TOGETHER = 3
 
 
 class Stopwatch(Protocol):
@@ -85,16 +85,8 @@ class Effort:
     trial_s: float = 0.02
     trials: int = 5
     least_trials: int = 3
-    limit_s: float = 0.4
+    limit_s: float = 0.3
     slow_s: float = 2.0
-
-
-@dataclass(frozen=True)
-class StageOverhead:
-    """What a stage costs beside its blocks, in seconds a forward and an update; a backward has nothing such."""
-
-    forward_s: float = 0.0
-    update_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -318,48 +310,6 @@ def time_stage(
     return LayerTime(samples, _fraction(workload, units), *_medians(trials), _spread(trials))
 
 
-def time_overhead(
-    workload: Workload, layer_index: int, stopwatch: Stopwatch, effort: Effort
-) -> StageOverhead:
-    """Return what a stage costs beside its blocks: what three blocks take less than three times one block.
-
-    Trials of one and of three blocks take turns, so that a device that slows down slows both, and the fastest
-    of each count: a disturbance only adds time, and the overhead is a small difference of large times.
-
-    Args:
-        workload: The model and how it is run.
-        layer_index: The first of three layers of one kind; where there are no three, nothing is overhead.
-        stopwatch: Gives the seconds.
-        effort: How long to measure.
-    """
-    kinds = workload.model.layer_kinds
-    n = _BLOCKS_FOR_OVERHEAD
-    alike = kinds[layer_index : layer_index + n] == (kinds[layer_index],) * n
-    if not alike or layer_index == 0 or layer_index + n == len(kinds):
-        return StageOverhead()
-    one, several = (StageBench(workload, (layer_index, layer_index + k)) for k in (1, n))
-    repeats = []
-    for bench in (one, several):
-        bench.load(1)
-        repeats.append(_warm_up(bench, stopwatch, effort))
-    ones: list[_Trial] = []
-    manies: list[_Trial] = []
-    spent_s = 0.0
-    while len(ones) < effort.least_trials or (len(ones) < 2 * effort.trials and spent_s < effort.limit_s):
-        ones.append(_trial(one, stopwatch, repeats[0]))
-        manies.append(_trial(several, stopwatch, repeats[1]))
-        for count, trial in zip(repeats, (ones[-1], manies[-1]), strict=True):
-            spent_s += count * (trial.forward_s + trial.backward_s) + trial.update_s
-
-    def constant_s(one_s: float, several_s: float) -> float:
-        return min(max((n * one_s - several_s) / (n - 1), 0.0), one_s)
-
-    return StageOverhead(
-        constant_s(min(t.forward_s for t in ones), min(t.forward_s for t in manies)),
-        constant_s(min(t.update_s for t in ones), min(t.update_s for t in manies)),
-    )
-
-
 def time_layer(
     workload: Workload,
     layer_index: int,
@@ -367,36 +317,44 @@ def time_layer(
     stopwatch: Stopwatch,
     effort: Effort,
     units: tuple[int, int] | None = None,
-    overhead: StageOverhead | None = None,
 ) -> list[LayerTime]:
     """Time one layer at several sample counts.
 
     Args:
         workload: The model and how it is run.
-        layer_index: The layer; the last one's time includes the loss.
+        layer_index: The layer, the first of its kind; the last layer's time includes the loss.
         sample_counts: Rows in a forward and backward, rising. A slow device is not asked for all of them: more
             samples than take `effort.slow_s` follow the line through those before.
         stopwatch: Gives the seconds.
         effort: How long to measure a row.
         units: The half-open range of shard units, or None for the whole layer.
-        overhead: What a stage costs beside its blocks; taken off.
     """
-    overhead = overhead or StageOverhead()
-    bench = StageBench(workload, (layer_index, layer_index + 1), units)
+    num_alike = _num_alike(workload, layer_index)
+    alone = StageBench(workload, (layer_index, layer_index + 1), units)
+    together = StageBench(workload, (layer_index, layer_index + num_alike), units) if num_alike > 1 else alone
     times: list[LayerTime] = []
     for samples in sample_counts:
         if len(times) >= 2 and times[-1].forward_s + times[-1].backward_s > effort.slow_s / 2:
             break
+        alone.load(samples)
+        fits = num_alike * sum(_timed(alone, stopwatch)) <= effort.limit_s
+        n, bench = (num_alike, together) if fits else (1, alone)
         trials = _trials(bench, samples, stopwatch, effort)
-        forward_s, backward_s, update_s = _medians(trials)
-        times.append(
-            LayerTime(
-                samples,
-                _fraction(workload, units),
-                max(forward_s - overhead.forward_s, 0.0),
-                backward_s,
-                max(update_s - overhead.update_s, 0.0),
-                _spread(trials),
-            )
-        )
+        forward_s, backward_s, update_s = (seconds / n for seconds in _medians(trials))
+        fraction = _fraction(workload, units)
+        times.append(LayerTime(samples, fraction, forward_s, backward_s, update_s, _spread(trials)))
     return times
+
+
+def _num_alike(workload: Workload, layer_index: int) -> int:
+    """Return how many layers of one kind to time together: those from this one on, neither first nor last."""
+    kinds = workload.model.layer_kinds
+    alike = 1
+    while (
+        0 < layer_index
+        and alike < _BLOCKS_TOGETHER
+        and layer_index + alike < len(kinds) - 1
+        and kinds[layer_index + alike] == kinds[layer_index]
+    ):
+        alike += 1
+    return alike

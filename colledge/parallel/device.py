@@ -38,6 +38,8 @@ _IDLE_LIMIT_S = (
     24 * 3600.0
 )  # between commands a device waits for its coordinator; a dead one closes the connection
 
+_REPORT_LIMIT = 800
+
 
 class DeviceWorker:
     """Serves commands of the coordinator until it says shutdown.
@@ -68,11 +70,15 @@ class DeviceWorker:
                 return
             try:
                 answer = self._answer(command, message)
-            except (
-                Exception
-            ) as fault:  # whatever it is, the coordinator must learn of it before this process ends
-                self._report(command, fault)
+            except ColledgeError as fault:
+                self._report(fault)
                 raise
+            except Exception as fault:  # whatever it is, the coordinator must learn of it
+                line = " ".join(f"{type(fault).__name__} during {command}: {fault}".split())
+                failed = ColledgeError(line)
+                failed.exit_code = DeviceError.exit_code
+                self._report(failed)
+                raise failed from fault
             self._wire.send_message(COORDINATOR_RANK, Message({"ok": True, **answer.fields}, answer.tensors))
 
     def _answer(self, command: str, message: Message) -> Message:
@@ -99,13 +105,13 @@ class DeviceWorker:
                 return self._part.read_layer(message)
         raise DeviceError(f"unknown command {command!r}.", fix="run the same version of colledge everywhere.")
 
-    def _report(self, command: str, fault: Exception) -> None:
-        lost_peer = isinstance(fault, DeviceError)
-        if isinstance(fault, ColledgeError):
-            text, fix, code = fault.message, fault.fix, fault.exit_code
-        else:
-            text, fix, code = f"{type(fault).__name__} during {command}: {fault}", "", DeviceError.exit_code
-        error = {"message": text, "fix": fix, "exit_code": code, "lost_peer": lost_peer}
+    def _report(self, fault: ColledgeError) -> None:
+        error = {
+            "message": fault.message[:_REPORT_LIMIT],  # short enough that nobody need wait to take it
+            "fix": fault.fix[:_REPORT_LIMIT],
+            "exit_code": fault.exit_code,
+            "lost_peer": isinstance(fault, DeviceError),
+        }
         try:
             self._wire.send_message(COORDINATOR_RANK, Message({"ok": False, "error": error}))
         except ColledgeError as unreachable:
@@ -126,6 +132,7 @@ class _Part:
         dtype, device = DTYPES[setup.precision], torch.device(setup.accelerator)
         emulation = setup.emulations.get(setup.device)
         self._clock = Clock(emulation.slowdown if emulation else 1.0)
+        wire.timeout_s = setup.timeout_s
         wire.pace(_paces(setup))
         ranks = setup.ranks
         for name, rank in ranks.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from colledge.data.batch import Batch
-from colledge.errors import ColledgeError, ConfigError, DeviceError, ModelError
+from colledge.errors import ColledgeError, ConfigError, DeadlineError, DeviceError, ModelError
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES
 from colledge.parallel.device import worker_fault
@@ -26,7 +26,9 @@ from colledge.plan import Place, Plan
 from colledge.settings import Emulation, OptimizerSettings, Precision
 
 State = dict[str, dict[str, Tensor]]
-_AFTER_A_FAULT_S = 5.0
+_GRACE_S = (
+    5.0  # beyond the devices' own deadlines, so that those who waited in vain report before they are blamed
+)
 
 
 @dataclass(frozen=True)
@@ -361,22 +363,26 @@ def command(
 ) -> dict[str, Message]:
     """Send messages to ranks and gather their answers, by device.
 
+    One fault brings others with it: a device that loses a peer ends, and gloo closes all of a process's
+    connections when one wait passes its deadline. What is raised is what most likely came first: a device's own
+    fault, then a device that stays silent, then a lost connection, then a device that merely lost a peer.
+
     Raises:
-        ColledgeError: The first fault that is no mere consequence of another device's.
+        ColledgeError: A device failed, was silent or was lost.
     """
     names = {rank: device for device, rank in ranks.items()}
     headers = {rank: wire.begin_receive_message(rank) for rank in messages}
-    faults: list[tuple[bool, ColledgeError]] = []
+    faults: list[tuple[int, ColledgeError]] = []
     sending = {rank: wire.begin_message(rank, message) for rank, message in messages.items()}
     answers: dict[str, Message] = {}
     for rank, header in headers.items():
-        limit_s = _AFTER_A_FAULT_S if faults else None
+        limit_s = _GRACE_S if faults else wire.timeout_s + _GRACE_S
         try:
             for transfer in sending[rank]:
                 transfer.wait(action, limit_s)
             answer = wire.finish_message(rank, header, action, limit_s)
         except DeviceError as fault:
-            faults.append((False, fault))
+            faults.append((1 if isinstance(fault, DeadlineError) else 2, fault))
             continue
         error = worker_fault(answer.fields)
         if error is None:
@@ -384,7 +390,7 @@ def command(
         else:
             raised = ColledgeError(f"{wire.names[rank]}: {error['message']}", fix=error["fix"])
             raised.exit_code = error["exit_code"]
-            faults.append((error["lost_peer"], raised))
+            faults.append((3 if error["lost_peer"] else 0, raised))
     if faults:
         raise min(faults, key=lambda pair: pair[0])[1]
     return answers

@@ -3,7 +3,13 @@
 What gloo does not do is done here: every wait has a deadline, every error names the peer and the action, a
 message can be held back to rehearse a slower link. Gloo checks neither size nor type of a tensor, so both ends
 must have agreed on them before (the coordinator announces shapes with every command); a record's size travels
-ahead of it in a small header. Records are JSON and raw bytes, never pickle.
+ahead of it in a header. Records are JSON and raw bytes, never pickle.
+
+    header   magic, bytes of JSON, bytes of tensors | a small record's body      always of one size
+    body     JSON, tensors                                                       only of a larger record
+
+A send ends when the peer takes it. A small record needs only the receive of the header, which the coordinator
+posts with every command: so a device that reports a fault can end at once, whomever the coordinator waits for.
 """
 
 from __future__ import annotations
@@ -27,6 +33,8 @@ COORDINATOR_RANK = 0
 RECORD_TAG = 1
 _MAGIC = 0x636F6C6C65646765  # "colledge" in ASCII
 _MAX_JSON_BYTES = 64 * 1024**2
+_FIXED_BYTES = 3 * 8
+_INLINE_BYTES = 2048
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -195,10 +203,9 @@ class Wire:
 
     def begin_message(self, peer: int, message: Message) -> list[Transfer]:
         """Begin to send a record; wait for the transfers later."""
-        header, body = _encode(message)
         name, timeout_s = self.names[peer], self.timeout_s
         transfers = []
-        for tensor in (header, body):
+        for tensor in _encode(message):
             transfer = Transfer(tensor, name, timeout_s)
             transfer.post(lambda tensor=tensor: dist.isend(tensor, peer, tag=RECORD_TAG))  # type: ignore[misc]
             transfers.append(transfer)
@@ -206,7 +213,8 @@ class Wire:
 
     def begin_receive_message(self, peer: int) -> Transfer:
         """Begin to receive a record's header; hand it to `finish_message`."""
-        return self.receive(torch.empty(3, dtype=torch.int64), peer, RECORD_TAG)
+        header = torch.zeros(_FIXED_BYTES + _INLINE_BYTES, dtype=torch.uint8)
+        return self.receive(header, peer, RECORD_TAG)
 
     def finish_message(
         self, peer: int, header: Transfer, action: object, timeout_s: float | None = None
@@ -217,13 +225,16 @@ class Wire:
             DeviceError: The peer is gone, does not answer, or sent something that is no record.
         """
         header.wait(action, timeout_s)
-        magic, json_bytes, payload_bytes = (int(v) for v in header.tensor)
+        magic, json_bytes, payload_bytes = header.tensor[:_FIXED_BYTES].view(torch.int64).tolist()
         if magic != _MAGIC or not 0 < json_bytes <= _MAX_JSON_BYTES or payload_bytes < 0:
             raise DeviceError(
                 f"{self.names[peer]} sent something that is no colledge message.",
                 fix="run the same version of colledge on every device.",
             )
-        body = torch.empty(json_bytes + payload_bytes, dtype=torch.uint8)
+        size = json_bytes + payload_bytes
+        if size <= _INLINE_BYTES:
+            return _decode(header.tensor[_FIXED_BYTES : _FIXED_BYTES + size].clone(), json_bytes)
+        body = torch.empty(size, dtype=torch.uint8)
         self.receive(body, peer, RECORD_TAG).wait(action)
         return _decode(body, json_bytes)
 
@@ -236,7 +247,8 @@ class Wire:
         return self.finish_message(peer, self.begin_receive_message(peer), action, timeout_s)
 
 
-def _encode(message: Message) -> tuple[Tensor, Tensor]:
+def _encode(message: Message) -> list[Tensor]:
+    """Return the header, and the body where it does not fit into the header."""
     tensors, payload, offset = {}, [], 0
     for name, tensor in message.tensors.items():
         data = tensor.detach().cpu().contiguous()
@@ -246,7 +258,12 @@ def _encode(message: Message) -> tuple[Tensor, Tensor]:
     text = json.dumps({"fields": message.fields, "tensors": tensors}).encode()
     text += b" " * (-len(text) % 16)  # tensors begin aligned
     body = torch.cat([torch.frombuffer(bytearray(text), dtype=torch.uint8), *payload])
-    return torch.tensor([_MAGIC, len(text), offset], dtype=torch.int64), body
+    header = torch.zeros(_FIXED_BYTES + _INLINE_BYTES, dtype=torch.uint8)
+    header[:_FIXED_BYTES] = torch.tensor([_MAGIC, len(text), offset], dtype=torch.int64).view(torch.uint8)
+    if len(body) > _INLINE_BYTES:
+        return [header, body]
+    header[_FIXED_BYTES : _FIXED_BYTES + len(body)] = body
+    return [header]
 
 
 def _decode(body: Tensor, json_bytes: int) -> Message:

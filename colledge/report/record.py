@@ -62,9 +62,9 @@ class Report(Record):
     schema_tag: Literal["colledge/report/1"] = Field(default="colledge/report/1", alias="schema")
     model: str
     plan: Plan
-    prediction: StepFigures | None
+    prediction: StepFigures | None = None
     measured: StepFigures
-    step_error: float | None
+    step_error: float | None = None
     steps: int
     warmup_steps: int
     tokens: int
@@ -72,7 +72,7 @@ class Report(Record):
     final_loss: float
     total_energy_joules: float
     energy_source: EnergySource
-    joules_per_token: float | None
+    joules_per_token: float | None = None
     bounds: Bounds | None = None
     families: dict[str, FamilyFigures] = Field(default_factory=dict)
     reasons: tuple[str, ...] = ()

@@ -61,7 +61,7 @@ def test_an_emulated_device_is_measured_as_slow_as_it_pretends(profiles: Profile
     fast, slow = (device.kind for device in pool.devices)
 
     def seconds(key: tuple[object, ...]) -> float:
-        return rows[key].forward_s + rows[key].backward_s  # type: ignore[index]
+        return rows[key].forward_s + rows[key].backward_s
 
     ratios = [
         seconds((slow, *key)) / seconds((fast, *key))

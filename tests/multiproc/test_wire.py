@@ -162,8 +162,7 @@ def _pipeline(world: FaultyWorkers, slowdown: float) -> tuple[Engine, Batch]:
 
 def _strike(victim: str, signal_number: int, timeout_s: float) -> dict[str, Any]:
     """Send a signal to a worker in the middle of a step."""
-    world = FaultyWorkers(3, timeout_s)
-    world.wire.timeout_s = 60.0
+    world = FaultyWorkers(3)
     engine, batch = _pipeline(world, slowdown=1.0)
     engine.train_step(batch)
     world.wire.timeout_s = timeout_s
@@ -207,7 +206,8 @@ def abandon() -> dict[str, Any]:
 SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
     "echo_and_pace": echo_and_pace,
     "silence": silence,
-    "kill": lambda: _strike("d1", signal.SIGKILL, 60.0),
+    "kill d1": lambda: _strike("d1", signal.SIGKILL, 60.0),
+    "kill d2": lambda: _strike("d2", signal.SIGKILL, 60.0),
     "freeze d0": lambda: _strike("d0", signal.SIGSTOP, 6.0),
     "freeze d2": lambda: _strike("d2", signal.SIGSTOP, 6.0),
     "failing": failing,
@@ -271,13 +271,14 @@ def test_a_silent_peer_is_named_at_the_deadline() -> None:
     assert 0.9 < fault["seconds"] < 2.5
 
 
-def test_a_killed_device_is_named_within_seconds_and_the_others_end() -> None:
-    seen = _run("kill")
-    assert "device 'd1'" in seen["fault"]["text"]
+@pytest.mark.parametrize("victim", ["d1", "d2"])
+def test_a_killed_device_is_named_within_seconds_and_the_others_end(victim: str) -> None:
+    seen = _run(f"kill {victim}")
+    assert f"device '{victim}'" in seen["fault"]["text"]
     assert "step 1" in seen["fault"]["text"]
     assert seen["fault"]["exit_code"] == 4
     assert seen["seconds"] < 5
-    assert seen["codes"] == [4, -signal.SIGKILL, 4]
+    assert seen["codes"] == [-signal.SIGKILL if f"d{i}" == victim else 4 for i in range(3)]
 
 
 @pytest.mark.parametrize("victim", ["d0", "d2"])
@@ -295,7 +296,8 @@ def test_a_fault_of_a_device_reaches_the_user_by_name() -> None:
     assert "device 'd1'" in seen["fault"]["text"]
     assert "injected" in seen["fault"]["text"]
     assert "\n" not in seen["fault"]["text"]
-    assert None not in seen["codes"]
+    assert seen["fault"]["seconds"] < 5
+    assert seen["codes"] == [4, 4, 4]
 
 
 def test_workers_end_when_their_coordinator_dies() -> None:
@@ -310,23 +312,23 @@ def _burn(cpu_s: float) -> None:
 
 def test_an_emulated_device_computes_three_times_as_long() -> None:
     ratios = []
-    for _ in range(5):  # another process may hold this one up: the best counts
+    for _ in range(40):  # another process may hold this one up: the best counts
         clock = Clock(slowdown=3.0)
         clock.begin_compute()
-        _burn(0.05)
+        _burn(0.005)
         clock.end_compute()
-        ratios.append(clock.compute_s / 0.05)
+        ratios.append(clock.compute_s / 0.005)
     assert 2.95 < min(ratios) < 3.3
 
 
 def test_a_real_device_is_not_slowed_down() -> None:
     ratios = []
-    for _ in range(5):
+    for _ in range(40):
         clock = Clock()
         clock.begin_compute()
-        _burn(0.05)
+        _burn(0.005)
         clock.end_compute()
-        ratios.append(clock.compute_s / 0.05)
+        ratios.append(clock.compute_s / 0.005)
     assert 0.95 < min(ratios) < 1.2
 
 

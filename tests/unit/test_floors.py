@@ -21,7 +21,12 @@ FLOORS = {
     "federation": 5,
     "launch": 6,
 }  # fmt: skip
-SAME_FLOOR_ALLOWED = {("plan", "profiles"), ("records", "errors"), ("settings", "records"), ("settings", "units")}
+SAME_FLOOR_ALLOWED = {
+    ("plan", "profiles"),
+    ("records", "errors"),
+    ("settings", "records"),
+    ("settings", "units"),
+}
 FORBIDDEN = {("parallel", "planner"): "the engine sees a plan, not how it was found"}
 WITHOUT_TORCH = {"profiles", "plan", "schedule", "planner"}
 BRINGS_TORCH = {"torch", "transformers", "peft", "accelerate", "safetensors.torch"}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from functools import partial
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle
 
 import psutil
 import pytest
@@ -12,7 +12,6 @@ from transformers import GPT2Config, LlamaConfig
 from colledge.launch.profiling import emulated_link, noise_warnings, sample_counts, shard_parts
 from colledge.measure import (
     Effort,
-    StageOverhead,
     Workload,
     count_layer,
     count_model,
@@ -21,7 +20,6 @@ from colledge.measure import (
     runtime_bytes,
     spread_of,
     time_layer,
-    time_overhead,
     usable_bytes,
 )
 from colledge.models import HuggingFaceCausalLM
@@ -120,33 +118,32 @@ def test_a_slow_device_is_not_asked_for_all_sample_counts() -> None:
     assert [row.samples for row in quick] == counts
 
 
-def test_overhead_is_what_three_blocks_take_less_than_three_times_one() -> None:
-    one, three = (0.012, 0.02, 0.003), (0.032, 0.06, 0.007)
-
-    class Alternating(Script):
-        def __init__(self) -> None:
-            super().__init__(*TRIAL)
-            self._seconds = chain.from_iterable(repeat((*one, *three)))
-
-    overhead = time_overhead(workload(llama()), 1, Alternating(), EFFORT)
-    assert overhead.forward_s == pytest.approx(0.002)
-    assert overhead.update_s == pytest.approx(0.001)
-    (row,) = time_layer(workload(llama()), 1, [1], Script(*one), EFFORT, overhead=overhead)
+def test_a_block_is_a_third_of_three_blocks() -> None:
+    one, three = (0.012, 0.02), (0.03, 0.06, 0.006)
+    (row,) = time_layer(workload(llama()), 1, [1], Script(*one, *three), EFFORT)
     assert (row.forward_s, row.backward_s, row.update_s) == pytest.approx((0.01, 0.02, 0.002))
 
 
-def test_no_overhead_without_three_blocks_alike() -> None:
-    stopwatch = Script(*TRIAL)
-    assert time_overhead(workload(gpt2()), 1, stopwatch, EFFORT) == StageOverhead()
-    assert time_overhead(workload(llama()), 0, stopwatch, EFFORT) == StageOverhead()
-    assert time_overhead(workload(llama()), 5, stopwatch, EFFORT) == StageOverhead()
-    assert stopwatch.intervals == 0
+@pytest.mark.parametrize(
+    ("model", "layer_index"), [(llama(), 0), (llama(), 5), (llama(num_hidden_layers=1), 1)]
+)
+def test_a_layer_without_others_of_its_kind_is_timed_alone(
+    model: HuggingFaceCausalLM, layer_index: int
+) -> None:
+    (row,) = time_layer(workload(model), layer_index, [1], Script(0.012, 0.02, *TRIAL), EFFORT)
+    assert (row.forward_s, row.backward_s, row.update_s) == pytest.approx(TRIAL)
+
+
+def test_long_blocks_are_timed_alone() -> None:
+    slow = (3.0, 5.0, 0.1)
+    (row,) = time_layer(workload(llama()), 1, [1], Script(*slow[:2], *slow), EFFORT)
+    assert (row.forward_s, row.backward_s, row.update_s) == pytest.approx(slow)
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_layer_is_timed_for_real(make: object, dtype: torch.dtype) -> None:
-    model = make()  # type: ignore[operator]
+    model = make()
     effort = Effort(trial_s=0.001, trials=1, least_trials=1)
     for index in range(len(model.layer_names)):
         (row,) = time_layer(workload(model, dtype), index, [2], Clock(), effort)

@@ -1,0 +1,32 @@
+# Two commands on a fresh machine with Python and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint benchmark clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install ## profile, plan, train and report on three emulated devices
+	$(BIN)/colledge demo
+
+test: install ## the whole test suite
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: install ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+benchmark: install ## step time against PyTorch's own parallelism
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf $(VENV) demo out

@@ -1,0 +1,403 @@
+"""The commands as a user runs them: real torchrun agents, real workers, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers import AutoModelForCausalLM
+
+from colledge.launch.cli import main
+from colledge.launch.demo import make_model, standard_library_source
+from colledge.records import read_json
+from colledge.report import Report, read_metrics
+
+COLLEDGE = str(Path(sys.executable).with_name("colledge"))
+POOL = """\
+devices:
+  - {id: desk, threads: 1, memory: 2 GB, power: {idle_w: 10, compute_w: 40, communicate_w: 15}}
+  - {id: lap, threads: 1, memory: 2 GB, power: {idle_w: 4, compute_w: 14, communicate_w: 6},
+     emulate: {slowdown: 2, bandwidth: 500 Mbit/s, latency: 1 ms}}
+  - {id: pi, threads: 1, memory: 2 GB, power: {idle_w: 2, compute_w: 6, communicate_w: 3}}
+"""
+RUN = """\
+model: model
+data: {train: corpus.jsonl, sequence_length: 32}
+batch: {global_size: 4}
+optimizer: {name: adamw, learning_rate: 1.0e-2, gradient_clipping: 1.0}
+steps: 6
+precision: float64
+pool: pool.yaml
+output: out
+"""
+
+
+def shard(device: str, fraction: float = 1.0) -> dict[str, object]:
+    return {"device": device, "fraction": fraction}
+
+
+def plan(*stages: tuple[tuple[int, int], list[tuple[int, list[dict[str, object]]]]]) -> dict[str, object]:
+    return {
+        "schema": "colledge/plan/1",
+        "num_layers": 5,
+        "global_batch_size": 4,
+        "microbatch_size": 2,
+        "stages": [
+            {"layers": layers, "replicas": [{"samples": n, "shards": shards} for n, shards in replicas]}
+            for layers, replicas in stages
+        ],
+    }
+
+
+ONE = plan(((0, 5), [(2, [shard("desk")])]))
+HYBRID = plan(((0, 2), [(2, [shard("desk")])]), ((2, 5), [(2, [shard("lap", 0.75), shard("pi", 0.25)])]))
+PIPELINE = plan(((0, 3), [(2, [shard("desk")])]), ((3, 5), [(2, [shard("pi")])]))
+
+
+@pytest.fixture(scope="session")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    texts = standard_library_source(60_000)
+    make_model(folder / "model", texts, vocabulary=300, hidden_size=32, num_blocks=3)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "pool.yaml").write_text(POOL)
+    (folder / "run.yaml").write_text(RUN)
+    for name, content in (("one", ONE), ("hybrid", HYBRID), ("pipeline", PIPELINE)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path) -> Path:
+    for path in template.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "COLLEDGE_TIMEOUT_S": "40", "OMP_NUM_THREADS": "1"}
+
+
+def colledge(folder: Path, *arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COLLEDGE, *arguments],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+class Failed:
+    """How a command ended that was run inside this process, because it starts no other."""
+
+    def __init__(self, folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        before = Path.cwd(), sys.argv
+        os.chdir(folder)
+        sys.argv = ["colledge", *arguments]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            os.chdir(before[0])
+            sys.argv = before[1]
+        self.returncode = ended.value.code
+        self.stderr = capsys.readouterr().err
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The processes of a run in a folder: those that name it, and every worker below its agents."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        if process.info["cwd"] == str(folder) and process.pid != os.getpid():
+            found.append(process)
+    return found
+
+
+def assert_one_line(result: subprocess.CompletedProcess[str] | Failed, *wanted: str) -> None:
+    assert result.returncode != 0
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("colledge: ")
+    assert "Fix: " in lines[0]
+    for text in wanted:
+        assert text in lines[0], lines[0]
+
+
+# -- the same result under any plan --------------------------------------------------------------------------------
+
+
+def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
+    losses = {}
+    for name in ("one", "hybrid"):
+        result = colledge(folder, "train", "run.yaml", "--plan", f"{name}.json", f"output=out-{name}")
+        assert result.returncode == 0, result.stderr
+        losses[name] = [line.loss for line in read_metrics(folder / f"out-{name}" / "metrics.jsonl")]
+    assert len(losses["one"]) == 6
+    assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
+    assert losses["one"][-1] < losses["one"][0]
+    out = folder / "out-hybrid"
+    report = read_json(Report, out / "report.json")
+    assert report.measured.devices["lap"].compute_s > 0
+    assert "<html" in (out / "report.html").read_text()[:500]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert model.config.num_hidden_layers == 3
+    assert not processes_of(folder)
+
+
+def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:
+    printed = colledge(folder, "train", "run.yaml", "--plan", "pipeline.json", "--print-commands")
+    assert printed.returncode == 0, printed.stderr
+    lines = [line for line in printed.stdout.splitlines() if line and not line.startswith("#")]
+    assert len(lines) == 3
+    assert all("torchrun" in line and "--nproc-per-node=1" in line for line in lines)
+    started = [
+        subprocess.Popen(
+            line, shell=True, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for line in lines
+    ]
+    outputs = [process.communicate(timeout=90)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    assert len(read_metrics(folder / "out" / "metrics.jsonl")) == 6
+    assert (folder / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_dry_run_starts_nothing(folder: Path) -> None:
+    result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "ready to train 6 steps" in result.stdout
+    assert not (folder / "out" / "metrics.jsonl").exists()
+
+
+# -- interruption --------------------------------------------------------------------------------------------------
+
+
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    path = folder / "out" / "metrics.jsonl"
+    deadline_s = time.monotonic() + 60
+    while not path.is_file() or len(path.read_bytes().splitlines()) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline_s, "the run did not begin"
+        time.sleep(0.05)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [COLLEDGE, "train", "run.yaml", *arguments],
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path) -> None:
+    process = start(folder, "--plan", "pipeline.json", "steps=5000")
+    wait_for_steps(folder, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "saved" in stderr
+    assert not processes_of(folder)
+    done = len(read_metrics(folder / "out" / "metrics.jsonl"))
+    assert (folder / "out" / f"checkpoint-{done}" / "state.json").is_file()
+
+    total = done + 3
+    resumed = colledge(
+        folder, "train", "run.yaml", "--plan", "one.json", "--resume", "auto", f"steps={total}"
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    undisturbed = colledge(
+        folder, "train", "run.yaml", "--plan", "one.json", f"steps={total}", "output=whole"
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    losses = [line.loss for line in read_metrics(folder / "out" / "metrics.jsonl")]
+    wanted = [line.loss for line in read_metrics(folder / "whole" / "metrics.jsonl")]
+    assert losses == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
+    process = start(folder, "--plan", "pipeline.json", "steps=5000")
+    wait_for_steps(folder, 2, process)
+    victims = [p for p in processes_of(folder) if p.cmdline()[-1] == "colledge.launch.worker"]
+    workers = [p for p in victims if "torchrun" not in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    began_s = time.monotonic()
+    workers[-1].kill()
+    _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - began_s < 30
+    assert process.returncode not in (0, None)
+    assert len(stderr.strip().splitlines()) == 1, stderr
+    assert "device" in stderr
+    assert "Fix:" in stderr
+    assert not processes_of(folder)
+
+
+# -- bad input: one line, a fix, nothing started -------------------------------------------------------------------
+
+
+def changed(content: dict[str, object], **changes: object) -> str:
+    return json.dumps({**content, **changes})
+
+
+BAD_PLANS = {
+    "does not cover": (
+        changed(ONE, stages=[{"layers": [0, 4], "replicas": [{"samples": 2, "shards": [shard("desk")]}]}]),
+        ["layers", "[0, 4)", "[0, 5)"],
+    ),
+    "samples do not sum": (
+        changed(ONE, stages=[{"layers": [0, 5], "replicas": [{"samples": 3, "shards": [shard("desk")]}]}]),
+        ["samples", "3", "wanted 2"],
+    ),
+    "off the shard units": (
+        changed(
+            ONE,
+            stages=[
+                {
+                    "layers": [0, 5],
+                    "replicas": [{"samples": 2, "shards": [shard("desk", 0.7), shard("pi", 0.3)]}],
+                }
+            ],
+        ),
+        ["0.7", "units", "1/4"],
+    ),
+    "device twice": (
+        changed(
+            ONE,
+            stages=[
+                {
+                    "layers": [0, 5],
+                    "replicas": [
+                        {"samples": 1, "shards": [shard("desk")]},
+                        {"samples": 1, "shards": [shard("desk")]},
+                    ],
+                }
+            ],
+        ),
+        ["'desk'", "twice"],
+    ),
+    "unknown device": (
+        changed(ONE, stages=[{"layers": [0, 5], "replicas": [{"samples": 2, "shards": [shard("fridge")]}]}]),
+        ["'fridge'", "desk, lap, pi"],
+    ),
+    "another number of layers": (
+        changed(
+            ONE,
+            num_layers=9,
+            stages=[{"layers": [0, 9], "replicas": [{"samples": 2, "shards": [shard("desk")]}]}],
+        ),
+        ["9 layers", "5"],
+    ),
+    "another batch": (changed(ONE, global_batch_size=8), ["8", "4"]),
+    "unknown key": (changed(ONE, colour="red"), ["'colour'"]),
+    "not JSON": ("{", ["not JSON"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_bad_plan(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, wanted = BAD_PLANS[name]
+    (folder / "bad.json").write_text(content)
+    assert_one_line(Failed(folder, ["train", "run.yaml", "--plan", "bad.json"], capsys), *wanted)
+    assert not (folder / "out").exists()
+
+
+BAD_RUNS = {
+    "unknown key": (["batch.size=8"], ["'batch.size'", "global_size"]),
+    "missing model": (["model=./nowhere"], ["nowhere", "no such model"]),
+    "missing data": (["data.train=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+    "not key=value": (["steps"], ["'steps'", "key=value"]),
+    "missing pool": (["pool=nowhere.yaml"], ["nowhere.yaml", "no such file"]),
+    "no weights": (["model=./hollow"], ["hollow", "model.safetensors"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RUNS)
+def test_bad_run(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides, wanted = BAD_RUNS[name]
+    (folder / "hollow").mkdir()
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / "hollow" / file).symlink_to(folder / "model" / file)
+    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json", *overrides], capsys)
+    assert_one_line(result, *wanted)
+    assert not (folder / "out" / "metrics.jsonl").exists()
+
+
+BAD_DATA = {
+    "empty": ("", ["corpus-bad.jsonl", "holds no text"]),
+    "not JSON": ('{"text": "a"}\n{"text": \n', ["corpus-bad.jsonl, line 2", "not JSON"]),
+    "missing key": ('{"txt": "a"}\n', ["line 1", "'text'", "'txt'"]),
+    "wrong type": ('{"text": 3}\n', ["line 1", "'text'", "int"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, wanted = BAD_DATA[name]
+    (folder / "corpus-bad.jsonl").write_text(content)
+    arguments = ["train", "run.yaml", "--plan", "one.json", "data.train=corpus-bad.jsonl"]
+    result = Failed(folder, arguments, capsys)
+    assert_one_line(result, *wanted)
+
+
+def test_port_taken(folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (folder / "pool.yaml").unlink()
+        (folder / "pool.yaml").write_text(f"coordinator: {{port: {port}}}\n{POOL}")
+        result = colledge(folder, "train", "run.yaml", "--plan", "one.json")
+    assert_one_line(result, str(port), "coordinator.port")
+    assert not processes_of(folder)
+
+
+def test_plan_without_memory_names_device_and_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder / "out"
+    out.mkdir()
+    layers = [
+        {
+            "name": name,
+            "kind": kind,
+            "parameter_bytes": 10**9,
+            "trainable_parameter_bytes": 10**9,
+            "output_bytes_per_sample": 1000,
+            "saved_bytes_per_sample": 1000,
+            "forward_flops_per_sample": 1,
+            "backward_flops_per_sample": 2,
+            "tensor": None,
+            "tied_to": None,
+        }
+        for name, kind in [
+            ("embedding", "embedding"),
+            *[(f"block.{i}", "block") for i in range(3)],
+            ("head", "head"),
+        ]
+    ]
+    (out / "model-profile.json").write_text(
+        json.dumps(
+            {"schema": "colledge/model-profile/1", "name": "big", "sequence_length": 32, "layers": layers}
+        )
+    )
+    mode = {"name": "default", "idle_w": 1, "compute_w": 2, "communicate_w": 1, "source": "declared"}
+    devices = [
+        {"id": id, "kind": "k", "memory_bytes": 2 * 10**9, "modes": [mode]} for id in ("desk", "lap", "pi")
+    ]
+    (out / "pool-profile.json").write_text(
+        json.dumps({"schema": "colledge/pool-profile/1", "devices": devices})
+    )
+    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+    assert result.returncode == 3
+    assert_one_line(result, "'desk'", "20", "2 GB")
