@@ -47,3 +47,9 @@ class Emulation(Record):
     slowdown: float = Field(default=1.0, ge=1)
     bandwidth_bytes_per_s: BytesPerSecond | None = Field(default=None, alias="bandwidth", gt=0)
     latency_s: Seconds = Field(default=0.0, alias="latency", ge=0)
+
+    def link_to(self, other: Emulation) -> tuple[float, float | None]:
+        """Return latency in seconds and bytes per second (None: no limit) of the link between two devices."""
+        ends = (self, other)
+        bandwidths = [e.bandwidth_bytes_per_s for e in ends if e.bandwidth_bytes_per_s is not None]
+        return sum(e.latency_s for e in ends), min(bandwidths, default=None)

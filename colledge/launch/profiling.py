@@ -48,7 +48,7 @@ from colledge.parallel.setup import build_optimizer
 from colledge.parallel.wire import Pace
 from colledge.profiles import DeviceProfile, LayerProfile, LinkProfile, ModelProfile, PoolProfile, Timing
 from colledge.records import Record
-from colledge.settings import Emulation, OptimizerSettings, Precision
+from colledge.settings import OptimizerSettings, Precision
 from colledge.units import format_bytes
 
 _LARGEST_SAMPLES = 8
@@ -499,7 +499,7 @@ class _Profiler:
         )
 
     def _exchange(self, source: str, target: str, size: int) -> tuple[tuple[int, float], ...]:
-        latency_s, bandwidth = emulated_link(self._devices[source].emulate, self._devices[target].emulate)
+        latency_s, bandwidth = self._devices[source].emulate.link_to(self._devices[target].emulate)
         messages = {}
         for id, peer in ((source, target), (target, source)):
             request = LinkRequest(
@@ -543,13 +543,6 @@ def sample_counts(global_batch_size: int) -> tuple[int, ...]:
 def shard_parts(num_units: int) -> tuple[int, ...]:
     """Return how many of a block's shard units to time: the least, half, and all but one."""
     return tuple(sorted({1, num_units // 2, num_units - 1} - {0, num_units}))
-
-
-def emulated_link(source: Emulation, target: Emulation) -> tuple[float, float | None]:
-    """Return latency and bandwidth of the link to rehearse between two devices: the slower of its ends."""
-    ends = (source, target)
-    bandwidths = [e.bandwidth_bytes_per_s for e in ends if e.bandwidth_bytes_per_s is not None]
-    return sum(e.latency_s for e in ends), min(bandwidths, default=None)
 
 
 def _emulated_kind(kind: str, device: DeviceConfig) -> str:

@@ -337,7 +337,7 @@ def time_layer(
         if len(times) >= 2 and times[-1].forward_s + times[-1].backward_s > effort.slow_s / 2:
             break
         alone.load(samples)
-        fits = num_alike * sum(_timed(alone, stopwatch)) <= effort.limit_s
+        fits = num_alike * sum(_timed(alone, stopwatch)) <= effort.limit_s / 2
         n, bench = (num_alike, together) if fits else (1, alone)
         trials = _trials(bench, samples, stopwatch, effort)
         forward_s, backward_s, update_s = (seconds / n for seconds in _medians(trials))
@@ -351,7 +351,7 @@ def _num_alike(workload: Workload, layer_index: int) -> int:
     kinds = workload.model.layer_kinds
     alike = 1
     while (
-        0 < layer_index
+        layer_index > 0
         and alike < _BLOCKS_TOGETHER
         and layer_index + alike < len(kinds) - 1
         and kinds[layer_index + alike] == kinds[layer_index]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -31,7 +32,14 @@ from colledge.models.sharding import (
 )
 
 _POSITION_EMBEDDINGS = ("wpe",)
-_DROPOUTS = ("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout")
+_EXACT_TYPES = frozenset(  # checked: cut into stages they give the whole model's logits, bit for bit
+    {
+        *("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "falcon", "glm", "gpt2", "gpt_neox", "llama"),
+        *("mistral", "nemotron", "olmo", "olmo2", "persimmon", "phi", "phi3", "qwen2", "qwen3", "smollm3"),
+        *("stablelm", "starcoder2"),
+    }
+)
+_BAD_CONFIGURATION = (KeyError, ValueError, TypeError, ArithmeticError, StrictDataclassError)
 
 
 class _NoPositions(nn.Module):
@@ -95,11 +103,13 @@ class HuggingFaceCausalLM:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
-        values |= {key: 0.0 for key in _DROPOUTS if key in values}  # random numbers would depend on the plan
         try:
+            whole = AutoConfig.for_model(**values).to_dict()  # dropout would depend on the plan
+            values |= {name: 0.0 for name in whole if name.endswith(("dropout", "_pdrop")) and whole[name]}
             self._config = AutoConfig.for_model(**values)
-        except (KeyError, ValueError, TypeError) as fault:
-            raise ModelError(f"the model's configuration cannot be used ({fault}).") from None
+        except _BAD_CONFIGURATION as fault:
+            line = " ".join(str(fault).split())
+            raise ModelError(f"the model's configuration cannot be used ({line[:300]}).") from None
         self.spec = ModelSpec(family="huggingface", config=values)
         self._find_structure()
 
@@ -116,7 +126,7 @@ class HuggingFaceCausalLM:
             )
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError) as fault:
+        except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         return cls(config.to_dict())
@@ -127,7 +137,7 @@ class HuggingFaceCausalLM:
                 model: nn.Module = AutoModelForCausalLM.from_config(
                     copy.deepcopy(self._config), dtype=dtype, attn_implementation="sdpa"
                 )
-            except ValueError as fault:
+            except _BAD_CONFIGURATION as fault:
                 line = " ".join(str(fault).split())
                 raise ModelError(f"no causal language model for this configuration ({line[:300]}).") from None
         return model
@@ -161,11 +171,20 @@ class HuggingFaceCausalLM:
                 f"{type(model).__name__} has parameters outside its layers: {sorted(others)[:4]}; found {found}.",
                 fix="use a decoder-only causal model such as Llama, Qwen2 or GPT-2.",
             )
+        if (
+            self._config.model_type not in _EXACT_TYPES
+        ):  # it may do more than its modules show, such as scaling
+            raise ModelError(
+                f"model type {self._config.model_type!r} is not known to stay exact when it is cut; found {found}.",
+                fix=f"use one of {', '.join(sorted(_EXACT_TYPES))}.",
+            )
         self._base_name, self._blocks, self._norm, self._head = base_name, blocks[0], norms[0], heads[0]
         self._embeddings = (embeddings[0], *positions)
         block_list = children[self._blocks]
         assert isinstance(block_list, nn.ModuleList)
         num_blocks = len(block_list)
+        if num_blocks < 1:
+            raise ModelError(f"{type(model).__name__} has {num_blocks} blocks, wanted at least 1.")
         self.layer_names = ("embedding", *(f"block.{i}" for i in range(num_blocks)), "head")
         self.layer_kinds = ("embedding", *("block" for _ in range(num_blocks)), "head")
         self._sharding = [find_sharding(block) for block in block_list]

@@ -37,7 +37,7 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
                     f"{directory}: no model.safetensors and no model.safetensors.index.json.",
                     fix="give a directory that save_pretrained wrote (safetensors, not pickle).",
                 )
-        except (SafetensorError, json.JSONDecodeError, KeyError, AttributeError, OSError) as fault:
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, OSError) as fault:
             raise ModelError(
                 f"{directory}: weights cannot be read ({fault}).", fix="copy the model again."
             ) from None

@@ -31,14 +31,12 @@ from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
 from colledge.parallel.world import World
 from colledge.plan import Place, Plan
 from colledge.schedule import plan_schedule
+from colledge.settings import Emulation
 
 Handler = Callable[[Message, Wire], Message]
 
-_IDLE_LIMIT_S = (
-    24 * 3600.0
-)  # between commands a device waits for its coordinator; a dead one closes the connection
-
-_REPORT_LIMIT = 800
+_IDLE_LIMIT_S = 24 * 3600.0  # between commands; a coordinator that dies closes the connection
+_REPORT_LIMIT = 800  # characters
 
 
 class DeviceWorker:
@@ -348,16 +346,13 @@ def _make_groups(
 
 def _paces(setup: DeviceSetup) -> dict[int, Pace]:
     """Return the links that this device rehearses: to every peer, the slower of the two ends."""
-    own = setup.emulations.get(setup.device)
+    real = Emulation()
+    own = setup.emulations.get(setup.device, real)
     paces = {}
     for device, rank in setup.ranks.items():
-        if device == setup.device:
-            continue
-        ends = [e for e in (own, setup.emulations.get(device)) if e is not None]
-        bandwidths = [e.bandwidth_bytes_per_s for e in ends if e.bandwidth_bytes_per_s is not None]
-        latency_s = sum(e.latency_s for e in ends)
-        if bandwidths or latency_s:
-            paces[rank] = Pace(latency_s, min(bandwidths, default=None))
+        latency_s, bandwidth = own.link_to(setup.emulations.get(device, real))
+        if device != setup.device and (latency_s or bandwidth is not None):
+            paces[rank] = Pace(latency_s, bandwidth)
     return paces
 
 

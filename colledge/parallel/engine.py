@@ -19,6 +19,7 @@ from colledge.data.batch import Batch
 from colledge.errors import ColledgeError, ConfigError, DeadlineError, DeviceError, ModelError
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES
+from colledge.models.sharding import Slice
 from colledge.parallel.device import worker_fault
 from colledge.parallel.setup import DeviceSetup, RouteEstimate
 from colledge.parallel.wire import Message, Wire
@@ -26,9 +27,7 @@ from colledge.plan import Place, Plan
 from colledge.settings import Emulation, OptimizerSettings, Precision
 
 State = dict[str, dict[str, Tensor]]
-_GRACE_S = (
-    5.0  # beyond the devices' own deadlines, so that those who waited in vain report before they are blamed
-)
+_GRACE_S = 5.0  # beyond the devices' deadlines: those who waited in vain report before they are blamed
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class Engine:
             if start <= index < stop:
                 yield device, place
 
-    def _slice(self, parameter: str, place: Place):  # type: ignore[no-untyped-def]
+    def _slice(self, parameter: str, place: Place) -> Slice | None:
         stage = self.plan.stages[place.stage_index]
         if stage.num_shards == 1:
             return None

@@ -68,10 +68,10 @@ def _drop_all_reduce(number: int) -> Any:
     """Skip this process's all-reduce of that number, counted from now; its members must all do so."""
     original, count = Group.begin_all_reduce, 0
 
-    def begin_all_reduce(self: Group, tensor: torch.Tensor) -> Any:
+    def begin_all_reduce(self: Group, *args: Any) -> Any:
         nonlocal count
         count += 1
-        return _NoReduce() if count == number else original(self, tensor)
+        return _NoReduce() if count == number else original(self, *args)
 
     return mock.patch.object(Group, "begin_all_reduce", begin_all_reduce)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig
 
-from colledge.launch.profiling import emulated_link, noise_warnings, sample_counts, shard_parts
+from colledge.launch.profiling import noise_warnings, sample_counts, shard_parts
 from colledge.measure import (
     Effort,
     Workload,
@@ -78,14 +78,9 @@ TRIAL = (0.01, 0.02, 0.004)
 
 
 def test_a_row_is_the_median_of_its_trials() -> None:
-    disturbed = (
-        *TRIAL,
-        *TRIAL,
-        0.5,
-        0.9,
-        0.4,
-    )  # warm-up, a good trial, a disturbed one, good ones after that
-    (row,) = time_layer(workload(llama()), 1, [2], Script(*disturbed, *TRIAL), EFFORT)
+    disturbed = (0.5, 0.9, 0.4)
+    stopwatch = Script(*TRIAL[:2], *TRIAL, *TRIAL, *disturbed, *TRIAL)  # a look, warm-up, then trials
+    (row,) = time_layer(workload(llama()), 0, [2], stopwatch, EFFORT)
     assert (row.forward_s, row.backward_s, row.update_s) == pytest.approx(TRIAL)
     assert row.samples == 2
     assert row.shard_fraction == 1.0
@@ -94,19 +89,20 @@ def test_a_row_is_the_median_of_its_trials() -> None:
 
 def test_short_layers_are_repeated_to_fill_a_trial() -> None:
     times = (0.001, 0.003)
-    stopwatch = Script(*times, 0.002, *times * 4, *TRIAL)
-    time_layer(workload(llama()), 1, [1], stopwatch, Effort(trial_s=0.02, trials=1, least_trials=1))
-    assert stopwatch.intervals == 3 + 4 * 2 + 5 * 2 + 1  # first run and update, warm-up, 5 repeats, update
+    stopwatch = Script(*times, *times, 0.002, *times * 4, *TRIAL)
+    time_layer(workload(llama()), 0, [1], stopwatch, Effort(trial_s=0.02, trials=1, least_trials=1))
+    assert stopwatch.intervals == 2 + 3 + 4 * 2 + 5 * 2 + 1  # a look, first run, warm-up, 5 repeats, update
 
 
 def test_a_noisy_row_gets_more_trials_and_is_marked() -> None:
-    quiet, noisy = Script(*TRIAL), Script(*[s * k for k in (1, 1, 2, 1, 2, 1, 2, 1, 2) for s in TRIAL])
-    (steady,) = time_layer(workload(llama()), 1, [1], quiet, EFFORT)
-    (unsteady,) = time_layer(workload(llama()), 1, [1], noisy, EFFORT)
+    noise = [s * k for k in (1, 1, 2, 1, 2, 1, 2, 1, 2) for s in TRIAL]
+    quiet, noisy = Script(*TRIAL[:2], *TRIAL), Script(*TRIAL[:2], *noise)
+    (steady,) = time_layer(workload(llama()), 0, [1], quiet, EFFORT)
+    (unsteady,) = time_layer(workload(llama()), 0, [1], noisy, EFFORT)
     assert steady.spread == pytest.approx(0)
     assert unsteady.spread > 0.2
-    assert quiet.intervals == 3 * (1 + 5)
-    assert noisy.intervals == 3 * (1 + 10)
+    assert quiet.intervals == 2 + 3 * (1 + 5)
+    assert noisy.intervals == 2 + 3 * (1 + 10)
 
 
 def test_a_slow_device_is_not_asked_for_all_sample_counts() -> None:
@@ -308,9 +304,9 @@ def test_shard_parts_are_proper() -> None:
 
 def test_a_rehearsed_link_is_as_slow_as_its_slower_end() -> None:
     slow, slower = Emulation(bandwidth=2e6, latency=0.001), Emulation(bandwidth=1e6, latency=0.002)
-    assert emulated_link(slow, slower) == (pytest.approx(0.003), 1e6)
-    assert emulated_link(slow, Emulation()) == (pytest.approx(0.001), 2e6)
-    assert emulated_link(Emulation(), Emulation()) == (0, None)
+    assert slow.link_to(slower) == (pytest.approx(0.003), 1e6)
+    assert slow.link_to(Emulation()) == (pytest.approx(0.001), 2e6)
+    assert Emulation().link_to(Emulation()) == (0, None)
 
 
 def test_memory_is_between_this_process_and_the_machine() -> None:

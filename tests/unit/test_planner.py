@@ -27,7 +27,8 @@ from colledge.planner import (
 )
 from colledge.planner.bounds import lower_bounds
 from colledge.planner.cost import interpolate
-from colledge.planner.search import Search, compositions, device_classes, layouts, proportional, shares
+from colledge.planner.layouts import compositions, layouts, proportional, shares
+from colledge.planner.search import Search, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import ActionKind, simulate
 

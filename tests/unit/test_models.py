@@ -1,0 +1,330 @@
+"""Models as ordered layers: the parts give the whole bit for bit, and what cannot be cut is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from colledge.errors import ModelError
+from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory, Slice, build_model
+from colledge.models.huggingface import _EXACT_TYPES
+from colledge.models.sharding import unit_range
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    model_type: {
+        "model_type": model_type,
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 42,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    for model_type in _EXACT_TYPES - {"gpt2"}
+}
+CONFIGS["gpt2"] = {
+    "model_type": "gpt2",
+    "vocab_size": 40,
+    "n_embd": 32,
+    "n_inner": 42,
+    "n_layer": 3,
+    "n_head": 8,
+    "n_positions": 16,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+MAIN = ("llama", "qwen2", "gpt2")
+
+
+class _OneShard:
+    """f and g of a replica of one shard."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x
+
+
+def _model(model_type: str, **changes: Any) -> HuggingFaceCausalLM:
+    return HuggingFaceCausalLM({**CONFIGS[model_type], **changes})
+
+
+def _whole(model: HuggingFaceCausalLM) -> torch.nn.Module:
+    torch.manual_seed(0)
+    whole: torch.nn.Module = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**model.spec.config), dtype=torch.float32, attn_implementation="sdpa"
+    )
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)  # norms and biases too
+    return whole
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    """Return ids and a mask with padding left and right, and a row of padding only."""
+    ids = torch.randint(1, 40, (5, 9), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    mask[2, :3] = 0
+    mask[4] = 0
+    return ids, mask
+
+
+def _composed(model: HuggingFaceCausalLM, whole: torch.nn.Module, cuts: list[int], masked: bool) -> Tensor:
+    values = dict(whole.named_parameters(remove_duplicate=False))
+    x, mask = _batch()
+    for layers in pairwise(cuts):
+        stage, parameters = model.build_stage(layers, torch.float32)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(values[name])
+            x = stage(x, {"attention_mask": mask} if masked else {})
+    return x
+
+
+def _logits(whole: torch.nn.Module, masked: bool) -> Tensor:
+    ids, mask = _batch()
+    with torch.no_grad():
+        output = whole(input_ids=ids, use_cache=False, **({"attention_mask": mask} if masked else {}))
+    logits: Tensor = output.logits
+    return logits
+
+
+@pytest.mark.parametrize("cuts", [[0, 5], [0, 1, 2, 3, 4, 5], [0, 2, 5], [0, 4, 5]], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", MAIN)
+def test_stages_give_the_whole_model_bit_for_bit(model_type: str, tied: bool, cuts: list[int]) -> None:
+    model = _model(model_type, tie_word_embeddings=tied)
+    whole = _whole(model)
+    assert bool(model.tied) == tied
+    for masked in (True, False):
+        assert torch.equal(_composed(model, whole, cuts, masked), _logits(whole, masked))
+
+
+@pytest.mark.parametrize("model_type", sorted(_EXACT_TYPES))
+def test_every_type_that_is_taken_stays_exact(model_type: str) -> None:
+    model = _model(model_type)
+    whole = _whole(model)
+    assert torch.equal(_composed(model, whole, [0, 2, 4, 5], True), _logits(whole, True))
+
+
+def test_a_model_that_scales_between_its_modules_is_refused() -> None:
+    config = {**CONFIGS["llama"], "model_type": "granite", "embedding_multiplier": 12.0}
+    with pytest.raises(ModelError, match="'granite' is not known to stay exact"):
+        HuggingFaceCausalLM(config)
+
+
+@pytest.mark.parametrize("model_type", MAIN)
+def test_layers_are_named_in_model_order(model_type: str) -> None:
+    model = _model(model_type)
+    assert model.layer_names == ("embedding", "block.0", "block.1", "block.2", "head")
+    assert model.layer_kinds == ("embedding", "block", "block", "block", "head")
+    assert model.boundary_shape((9,)) == (9, 32)
+    assert model.shard_units == (8 if model_type == "gpt2" else 4)
+    assert build_model(model.spec).layer_names == model.layer_names
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", MAIN)
+def test_layers_hold_every_parameter_once(model_type: str, tied: bool) -> None:
+    model = _model(model_type, tie_word_embeddings=tied)
+    wanted = {n: tuple(p.shape) for n, p in _whole(model).named_parameters(remove_duplicate=False)}
+    held = [item for i in range(len(model.layer_names)) for item in model.layer_parameters(i).items()]
+    assert dict(held) == wanted
+    assert len(held) == len(wanted)
+    for copy_name, source in model.tied.items():
+        assert wanted[copy_name] == wanted[source]
+
+
+@pytest.mark.parametrize("model_type", MAIN)
+def test_a_spec_is_plain_data_without_dropout(model_type: str) -> None:
+    model = _model(model_type)  # GPT-2 drops out a tenth where nothing is said
+    again = build_model(type(model.spec).model_validate(json.loads(model.spec.model_dump_json())))
+    assert again.spec == model.spec
+    stage, _ = build_model(model.spec).build_stage((0, 5), torch.float32)
+    assert all(m.p == 0 for m in stage.modules() if isinstance(m, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("edges", [[0, 3, 4], [0, 1, 4], [0, 2, 3, 4], [0, 1, 2, 3, 4]], ids=str)
+@pytest.mark.parametrize("model_type", MAIN)
+def test_uneven_shards_cover_every_entry_once(model_type: str, edges: list[int]) -> None:
+    model = _model(model_type)
+    if model.shard_units == 8:  # 5/3 of 8 and the like
+        edges = [0, *(2 * edge - 1 for edge in edges[1:-1]), 8]
+    shards = list(pairwise(edges))
+    built = {u: model.build_stage((0, 5), torch.float32, u, _OneShard())[1] for u in shards}
+    sharded = 0
+    for name, parameter in _whole(model).named_parameters():
+        if model.slices(name, shards[0]) is None:
+            assert all(model.slices(name, units) is None for units in shards)
+            continue
+        sharded += 1
+        again, count = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        for units in shards:
+            part = model.slices(name, units)
+            assert part is not None
+            taken = part.take(parameter.detach())
+            assert taken.is_contiguous()
+            assert built[units][name].shape == taken.shape
+            part.put(again, taken)
+            ones = torch.zeros_like(parameter)
+            part.put(ones, torch.ones_like(taken))
+            count += ones
+        assert torch.equal(again, parameter)
+        assert torch.equal(count, torch.ones_like(count))
+    assert sharded >= 3 * 6
+
+
+def test_a_slice_of_fused_projections_takes_its_part_of_each() -> None:
+    whole = torch.arange(12.0).view(1, 12)
+    part = Slice(1, ((1, 2), (5, 6), (9, 10)))
+    assert part.take(whole).tolist() == [[1.0, 5.0, 9.0]]
+    target = torch.zeros_like(whole)
+    part.put(target, torch.tensor([[7.0, 8.0, 9.0]]))
+    assert target.nonzero()[:, 1].tolist() == [1, 5, 9]
+
+
+def test_columns_fall_to_the_nearest_unit() -> None:
+    assert [unit_range(42, units, 4) for units in ((0, 3), (3, 4))] == [(0, 32), (32, 42)]
+    assert unit_range(10, (0, 4), 4) == (0, 10)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found"),
+    [
+        ("bert", "embeddings: BertEmbeddings, encoder: BertEncoder"),
+        ("opt", "decoder: OPTDecoder"),
+        ("t5", "T5Config"),
+        ("vit", "ViTConfig"),
+    ],
+)
+def test_a_structure_that_is_not_known_is_shown(model_type: str, found: str) -> None:
+    config = transformers.AutoConfig.for_model(model_type).to_dict()
+    with pytest.raises(ModelError) as refused:
+        HuggingFaceCausalLM(config)
+    assert found in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_blocks_that_cannot_be_sharded_have_one_unit() -> None:
+    model = _model("qwen3")  # it normalises queries and keys by weights of their own
+    assert model.shard_units == 1
+    with pytest.raises(ModelError, match=r"cannot be cut into shards.*plan without tensor parallelism"):
+        model.slices("model.layers.0.self_attn.q_proj.weight", (0, 1))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "no-such-model"},
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": -1},
+        {"hidden_size": 33},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
+    config = {**CONFIGS["llama"], **changes}
+    with pytest.raises(ModelError) as refused:
+        HuggingFaceCausalLM(config)
+    assert "\n" not in str(refused.value)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError) as refused:
+        HuggingFaceCausalLM.from_directory(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny model in the files that save_pretrained writes."""
+    _whole(_model("llama", tie_word_embeddings=True)).save_pretrained(tmp_path)  # type: ignore[operator]
+    return tmp_path
+
+
+def test_saved_files_load_by_name(saved: Path) -> None:
+    model = HuggingFaceCausalLM.from_directory(saved)
+    weights = SafetensorsDirectory(saved)
+    whole = _whole(_model("llama", tie_word_embeddings=True))
+    assert set(weights) == {name for name, _ in whole.named_parameters()}
+    assert len(weights) == len(set(weights))
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(weights[name], parameter)
+    assert set(model.tied) == {"lm_head.weight"}
+
+
+def test_weights_in_several_files_load_by_name(tmp_path: Path) -> None:
+    whole = _whole(_model("llama"))
+    whole.save_pretrained(tmp_path, max_shard_size="20KB")  # type: ignore[operator]
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    weights = SafetensorsDirectory(tmp_path)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in whole.named_parameters())
+    next(iter(tmp_path.glob("model-00002*"))).unlink()
+    assert "\n" not in _refusal(lambda: [weights[name] for name in weights])
+
+
+def _refusal(act: Any) -> str:
+    with pytest.raises(ModelError) as refused:
+        act()
+    return str(refused.value)
+
+
+def test_a_missing_directory_is_one_line(tmp_path: Path) -> None:
+    there = tmp_path / "nowhere"
+    for act in (HuggingFaceCausalLM.from_directory, SafetensorsDirectory):
+        text = _refusal(lambda act=act: act(there))
+        assert str(there) in text
+        assert "save_pretrained" in text
+        assert "\n" not in text
+
+
+def test_missing_weights_are_one_line(saved: Path) -> None:
+    (saved / "model.safetensors").unlink()
+    text = _refusal(lambda: SafetensorsDirectory(saved))
+    assert "model.safetensors" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("size", [0, 5, 300, 20_000])
+def test_truncated_weights_are_one_line(saved: Path, size: int) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    text = _refusal(lambda: SafetensorsDirectory(saved))
+    assert str(saved) in text
+    assert "copy the model again" in text
+    assert "\n" not in text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": [1]}', '"text"', '{"weight_map": 3}'])
+def test_a_damaged_index_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "\n" not in _refusal(lambda: SafetensorsDirectory(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '"text"', "3"])
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    refusal = _refusal(lambda: HuggingFaceCausalLM.from_directory(tmp_path))
+    assert "\n" not in refusal
+    assert "config.json" in refusal
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(1)}, tmp_path / "pytorch_model.bin")
+    assert "not pickle" in _refusal(lambda: SafetensorsDirectory(tmp_path))
