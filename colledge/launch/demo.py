@@ -35,10 +35,10 @@ devices:
 
 _RUN = """\
 model: model
-data: {{train: corpus.jsonl, sequence_length: 128}}
+data: {{train: corpus.jsonl, sequence_length: 64}}
 method: full
 batch: {{global_size: 16}}
-optimizer: {{name: adamw, learning_rate: 3.0e-3, gradient_clipping: 1.0}}
+optimizer: {{name: adamw, learning_rate: 1.5e-3, betas: [0.9, 0.95], gradient_clipping: 1.0}}
 steps: {steps}
 precision: float32
 seed: 0
@@ -84,9 +84,9 @@ def standard_library_source(max_bytes: int) -> list[str]:
 
 
 def make_model(
-    directory: Path, texts: list[str], vocabulary: int = 2048, hidden_size: int = 256, num_blocks: int = 6
+    directory: Path, texts: list[str], vocabulary: int = 320, hidden_size: int = 256, num_blocks: int = 5
 ) -> None:
-    """Write a Llama with random weights (5 million by default) and a byte-level tokenizer trained on the texts."""
+    """Write a Llama with random weights (3.7 million by default) and a byte-level tokenizer trained on the texts."""
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=[_END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
