@@ -25,6 +25,7 @@ from typing import Protocol
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from colledge.launch.run_config import DeviceConfig
 from colledge.measure import (
@@ -44,6 +45,7 @@ from colledge.parallel import Message, Wire
 from colledge.parallel.clock import Clock
 from colledge.parallel.device import Handler
 from colledge.parallel.engine import command
+from colledge.parallel.gradients import Gradients
 from colledge.parallel.setup import build_optimizer
 from colledge.parallel.wire import Pace
 from colledge.profiles import DeviceProfile, LayerProfile, LinkProfile, ModelProfile, PoolProfile, Timing
@@ -79,6 +81,23 @@ class DeviceFacts(Record):
     usable_bytes: int = Field(gt=0)
 
 
+class _Update:
+    """The engine's own update of one rank, timed as a run does it."""
+
+    def __init__(self, settings: OptimizerSettings, parameters: list[nn.Parameter]) -> None:
+        named = {str(index): parameter for index, parameter in enumerate(parameters)}
+        self._clipping = settings.gradient_clipping
+        self._gradients = Gradients(named, None, {}, frozenset(named), Clock(), overlap=False)
+        self._optimizer = build_optimizer(settings, parameters)
+
+    def step(self) -> None:
+        """Clip, optimize, forget the gradients."""
+        if self._clipping is not None:
+            self._gradients.clip(self._clipping, None, "measuring")
+        self._optimizer.step()
+        self._gradients.zero()
+
+
 class WorkloadRequest(Record):
     """How the model is run."""
 
@@ -101,7 +120,7 @@ class WorkloadRequest(Record):
             DTYPES[self.precision],
             torch.device(self.accelerator),
             self.loss,
-            partial(build_optimizer, self.optimizer),
+            partial(_Update, self.optimizer),
         )
 
 
@@ -177,7 +196,7 @@ def _measure_layers(message: Message, wire: Wire) -> Message:
 
 def _count_layers(message: Message, wire: Wire) -> Message:
     work = WorkloadRequest.model_validate(message.fields["request"]).workload()
-    layers = count_model(work.model, work.sequence_length, work.dtype, work.loss, work.optimizer)
+    layers = count_model(work.model, work.sequence_length, work.dtype, work.loss, work.update)
     return Message({"answer": CountAnswer(layers=layers).model_dump(mode="json")})
 
 

@@ -32,7 +32,7 @@ from colledge.launch.run_config import PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
 
-_POLL_S = 0.1
+_POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
 _EXIT_GRACE_S = 15.0  # for torchrun's agents to end after the coordinator did
 _KILL_GRACE_S = 3.0

@@ -42,11 +42,18 @@ class Stopwatch(Protocol):
         """Mark the end of computing, and add the seconds."""
 
 
-class OptimizerFactory(Protocol):
-    """What makes the run's optimizer."""
+class Update(Protocol):
+    """What a step does once its backwards are done: clipping, the optimizer, gradients back to zero."""
 
-    def __call__(self, parameters: list[nn.Parameter], /) -> torch.optim.Optimizer:
-        """Return an optimizer of these parameters."""
+    def step(self) -> object:
+        """Do it."""
+
+
+class UpdateFactory(Protocol):
+    """What makes the run's update; a torch.optim class is one that only optimizes."""
+
+    def __call__(self, parameters: list[nn.Parameter], /) -> Update:
+        """Return the update of these parameters."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Workload:
         dtype: Of parameters and activations.
         device: Where it runs.
         loss: By name; part of the last layer's time.
-        optimizer: Makes the optimizer whose update is timed.
+        update: Makes the update that is timed.
     """
 
     model: LayeredModel
@@ -67,7 +74,7 @@ class Workload:
     dtype: torch.dtype
     device: torch.device
     loss: str
-    optimizer: OptimizerFactory
+    update: UpdateFactory
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ class StageBench:
         trained = {id(p): p for p in self.parameters.values() if p.requires_grad}
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer = workload.optimizer(list(trained.values()))
+        self._update = workload.update(list(trained.values()))
 
     def load(self, samples: int) -> None:
         """Make random rows: token ids for the first stage, activations for a later one."""
@@ -197,8 +204,8 @@ class StageBench:
         torch.autograd.backward(output, self._gradient)
 
     def update(self) -> None:
-        """Run the optimizer's step."""
-        self._optimizer.step()
+        """Run the step's update."""
+        self._update.step()
 
     def wait(self) -> None:
         """Wait until the device has computed what was asked of it."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from colledge.measure.compute import OptimizerFactory, StageBench, Workload
+from colledge.measure.compute import StageBench, UpdateFactory, Workload
 from colledge.models import LayeredModel
 from colledge.profiles import LayerProfile, TensorProfile
 
@@ -24,7 +24,7 @@ _HEAD_ALLREDUCES = (0, 1)
 
 
 def count_model(
-    model: LayeredModel, sequence_length: int, dtype: torch.dtype, loss: str, optimizer: OptimizerFactory
+    model: LayeredModel, sequence_length: int, dtype: torch.dtype, loss: str, update: UpdateFactory
 ) -> tuple[LayerProfile, ...]:
     """Return the profile of every layer; one layer of each kind is run.
 
@@ -33,9 +33,9 @@ def count_model(
         sequence_length: Tokens a row.
         dtype: Of parameters and activations.
         loss: By name; part of the last layer.
-        optimizer: The run's.
+        update: The run's.
     """
-    workload = Workload(model, sequence_length, dtype, torch.device("cpu"), loss, optimizer)
+    workload = Workload(model, sequence_length, dtype, torch.device("cpu"), loss, update)
     counted: dict[str, LayerProfile] = {}
     layers = []
     for index, (name, kind) in enumerate(zip(model.layer_names, model.layer_kinds, strict=True)):

@@ -256,12 +256,11 @@ class _Part:
         self._clock.begin_compute()
         clipping = self._setup.optimizer.gradient_clipping
         if clipping is not None:
-            self._clock.end_compute()
             norm = self._gradients.clip(clipping, self._plan_group, f"clipping of step {step}")
-            self._clock.begin_compute()
         for group in self._optimizer.param_groups:
             group["lr"] = fields["learning_rate"]
         self._optimizer.step()
+        self._gradients.zero()
         self._clock.end_compute()
         return Message(
             {

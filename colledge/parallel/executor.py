@@ -198,7 +198,6 @@ class Executor:
             boundary: The shape of one row of activations.
         """
         clock, runner, gradients = self.clock, self._runner, self._gradients
-        gradients.zero()
         if self._num_rows == 0:
             gradients.sync(f"SYNC@{self._place.stage_index} of step {step}", None)
             return

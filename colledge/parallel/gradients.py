@@ -30,7 +30,7 @@ class TiedWeight:
     """A weight of which another stage holds a copy.
 
     `contributes`: whether this rank's gradient enters the sum (one shard of a replica does, the others hold the
-    same values). `owner`: whether this rank counts it in the gradient norm.
+    same values).
     """
 
     parameter: nn.Parameter
@@ -78,7 +78,7 @@ class Gradients:
         self._waiting: list[int] = []
 
     def zero(self) -> None:
-        """Forget the gradients of the step before."""
+        """Forget the gradients of this step."""
         if self._flat is not None:
             self._flat.zero_()
         for weight in self._tied.values():
@@ -127,22 +127,25 @@ class Gradients:
     def clip(self, max_norm: float, plan_group: Group | None, action: object) -> float:
         """Scale all gradients so that the 2-norm of the whole model's gradient is at most `max_norm`.
 
+        Called while the clock counts computing; it pauses for the sum over the plan.
+
         Returns:
             The norm before, as `torch.nn.utils.clip_grad_norm_` does.
         """
-        square = torch.zeros((), dtype=torch.float64)
-        for parameter in self._counted:
-            assert parameter.grad is not None
-            square += parameter.grad.double().pow(2).sum().cpu()
+        gradients = [parameter.grad for parameter in self._counted if parameter.grad is not None]
+        square = torch.nn.utils.get_total_norm(gradients).double().cpu().square()
         if plan_group is not None:
+            self._clock.end_compute()
             self._clock.waited(plan_group.all_reduce(square, action), None)
+            self._clock.begin_compute()
         norm = float(square.sqrt())
         scale = min(1.0, max_norm / (norm + 1e-6))
-        if self._flat is not None:
-            self._flat.mul_(scale)
-        for weight in self._tied.values():
-            assert weight.parameter.grad is not None
-            weight.parameter.grad.mul_(scale)
+        if scale < 1:
+            if self._flat is not None:
+                self._flat.mul_(scale)
+            for weight in self._tied.values():
+                assert weight.parameter.grad is not None
+                weight.parameter.grad.mul_(scale)
         return norm
 
 

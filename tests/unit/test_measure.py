@@ -161,7 +161,7 @@ def test_a_shard_is_timed_by_its_units(layer_index: int) -> None:
 def test_a_llama_is_counted_as_by_hand(dtype: torch.dtype) -> None:
     size = dtype.itemsize
     embedding, block, *_, head = count_model(
-        llama(), SEQUENCE, dtype, "causal_lm", workload(llama()).optimizer
+        llama(), SEQUENCE, dtype, "causal_lm", workload(llama()).update
     )
     kv_size = HIDDEN // HEADS * KV_HEADS
     linear = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv_size + 3 * HIDDEN * INNER
@@ -194,7 +194,7 @@ def test_a_llama_is_counted_as_by_hand(dtype: torch.dtype) -> None:
 
 def test_a_gpt2_is_counted_as_by_hand() -> None:
     embedding, block, _, head = count_model(
-        gpt2(), SEQUENCE, torch.float32, "causal_lm", workload(gpt2()).optimizer
+        gpt2(), SEQUENCE, torch.float32, "causal_lm", workload(gpt2()).update
     )
     linear, biases, norms = 12 * HIDDEN**2, 9 * HIDDEN, 4 * HIDDEN
     assert embedding.parameter_bytes == (VOCABULARY + SEQUENCE) * HIDDEN * FLOAT
@@ -226,7 +226,7 @@ def test_saved_bytes_predict_a_real_run() -> None:
 
 def test_a_tied_head_says_so() -> None:
     layers = count_model(
-        llama(tie_word_embeddings=True), SEQUENCE, torch.float32, "causal_lm", workload(llama()).optimizer
+        llama(tie_word_embeddings=True), SEQUENCE, torch.float32, "causal_lm", workload(llama()).update
     )
     assert [layer.tied_to for layer in layers] == [None] * 5 + ["embedding"]
     assert layers[-1].tensor is None  # a tied head stays whole
