@@ -36,6 +36,9 @@ from colledge.report import StepMetrics, append_metrics
 from colledge.units import format_joules, format_seconds
 
 _LINE_EVERY_S = 2.0
+_DEADLINE_STEPS = (
+    20  # a wait may take as long as this many predicted steps, where that is longer than the default
+)
 
 
 class StopRequest:
@@ -102,6 +105,9 @@ class _Training:
         self._data = load_data(job.run, job.model)
         self._modes = _power_modes(job, self._plan, self._pool)
         weights = SafetensorsDirectory(job.model)
+        if self._plan.prediction is not None:
+            predicted_s = self._plan.prediction.step_s
+            world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
         self._engine = Engine(self._plan, model, weights, self._settings(), ranks, world.wire)
         self._printed_s = 0.0
 
@@ -122,6 +128,8 @@ class _Training:
         run, engine = self._job.run, self._engine
         if self._job.resume:
             self._resume()
+        else:
+            self._folder.metrics.unlink(missing_ok=True)
         while engine.step < run.steps and not stop.asked:
             indices = rows_for_step(self._data.num_rows, run.batch.global_size, run.seed, engine.step)
             record = engine.train_step(self._data.batch(indices))
@@ -255,9 +263,10 @@ def main() -> None:
     torch.set_num_threads(1)
     try:
         job = read_json(Job, folder.job)
-        world = join_world(timeout_from_environment())
-        run_job(job, world, stop)
-        _shut_down(world)
+        with folder.locked():
+            world = join_world(timeout_from_environment())
+            run_job(job, world, stop)
+            _shut_down(world)
     except Exception as fault:
         failure = _failure(fault)
         write_atomically(folder.failure, failure.to_json())

@@ -11,12 +11,16 @@ out/
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
+from colledge.errors import LaunchError
 from colledge.launch.run_config import PoolConfig, RunConfig
 from colledge.records import Record
 
@@ -47,6 +51,23 @@ class OutputFolder:
     """The files of a run."""
 
     path: Path
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one run.
+
+        Raises:
+            LaunchError: Another run holds it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise LaunchError(
+                    f"{self.path} is in use by another run.", fix="wait for it to end, or set another output."
+                ) from None
+            yield
 
     @property
     def job(self) -> Path:

@@ -13,13 +13,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from colledge.errors import PlanError
+from colledge.data import TokenizedText
+from colledge.errors import ConfigError, PlanError
 from colledge.launch import planning
 from colledge.launch.inputs import find_model, load_data
 from colledge.launch.job import Job, OutputFolder
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
+from colledge.parallel.checkpoint import find_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
 from colledge.records import read_json, write_atomically
@@ -56,8 +58,29 @@ def read_inputs(path: Path, overrides: Sequence[str] = ()) -> Inputs:
     folder = find_model(run.model)
     model = HuggingFaceCausalLM.from_directory(folder)
     SafetensorsDirectory(folder)
-    load_data(run, folder)
-    return Inputs(run, pool, folder, model)
+    check_data(load_data(run, folder), model)
+    with OutputFolder(run.output).locked():
+        return Inputs(run, pool, folder, model)
+
+
+def check_data(data: TokenizedText, model: HuggingFaceCausalLM) -> None:
+    """Check that a model can read the data.
+
+    Raises:
+        ConfigError: A row is longer than the model's positions, or a token is not in its vocabulary.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and data.sequence_length > positions:
+        raise ConfigError(
+            f"data.sequence_length is {data.sequence_length}, the model has {positions} positions.",
+            fix=f"set data.sequence_length to at most {positions}.",
+        )
+    largest = int(data.rows.max())
+    if largest >= model.config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer makes token {largest}, the model's vocabulary has {model.config.vocab_size}.",
+            fix="give the tokenizer that belongs to this model.",
+        )
 
 
 def profile(inputs: Inputs, console: Console) -> None:
@@ -119,7 +142,17 @@ def check_plan(chosen: Plan, inputs: Inputs) -> None:
 
 
 def training_job(inputs: Inputs, chosen: Plan, resume: bool) -> Job:
-    """Return the job that trains under a plan: only the devices that the plan uses."""
+    """Return the job that trains under a plan: only the devices that the plan uses.
+
+    Raises:
+        ConfigError: An earlier run left a checkpoint that a new one would hide.
+    """
+    saved = find_checkpoint(inputs.run.output)
+    if saved is not None and not resume:
+        raise ConfigError(
+            f"{inputs.run.output} holds {saved.name} of an earlier run.",
+            fix="add --resume auto to go on from it, set another output, or delete it.",
+        )
     return _job(inputs, "train", chosen.devices, resume)
 
 
@@ -130,8 +163,6 @@ def train(inputs: Inputs, chosen: Plan, console: Console, resume: bool = False) 
         ColledgeError: What ended the run.
     """
     folder = inputs.folder
-    if not resume:
-        folder.metrics.unlink(missing_ok=True)
     supervisor = Supervisor(training_job(inputs, chosen, resume))
     console.print(f"training {inputs.run.steps} steps under {chosen.describe()}")
     with TrainingProgress(folder, inputs.run.steps, console) as progress:

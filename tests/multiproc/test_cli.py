@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from colledge.launch.cli import main
 from colledge.launch.demo import make_model, standard_library_source
+from colledge.launch.job import OutputFolder
+from colledge.launch.run_config import load_pool, load_run
 from colledge.records import read_json
 from colledge.report import Report, read_metrics
 
@@ -311,7 +313,7 @@ def test_bad_plan(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -
     content, wanted = BAD_PLANS[name]
     (folder / "bad.json").write_text(content)
     assert_one_line(Failed(folder, ["train", "run.yaml", "--plan", "bad.json"], capsys), *wanted)
-    assert not (folder / "out").exists()
+    assert not (folder / "out" / "plan.json").exists()
 
 
 BAD_RUNS = {
@@ -319,6 +321,7 @@ BAD_RUNS = {
     "missing model": (["model=./nowhere"], ["nowhere", "no such model"]),
     "missing data": (["data.train=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
     "not key=value": (["steps"], ["'steps'", "key=value"]),
+    "rows too long": (["data.sequence_length=1000"], ["1000", "512 positions"]),
     "missing pool": (["pool=nowhere.yaml"], ["nowhere.yaml", "no such file"]),
     "no weights": (["model=./hollow"], ["hollow", "model.safetensors"]),
 }
@@ -333,6 +336,19 @@ def test_bad_run(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) ->
     result = Failed(folder, ["train", "run.yaml", "--plan", "one.json", *overrides], capsys)
     assert_one_line(result, *wanted)
     assert not (folder / "out" / "metrics.jsonl").exists()
+
+
+def test_a_folder_in_use_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with OutputFolder(folder / "out").locked():
+        result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+    assert_one_line(result, "in use by another run")
+    assert [path.name for path in (folder / "out").iterdir()] == [".lock"]
+
+
+def test_an_earlier_checkpoint_is_not_hidden(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out" / "checkpoint-7").mkdir(parents=True)
+    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+    assert_one_line(result, "checkpoint-7", "--resume auto")
 
 
 BAD_DATA = {
@@ -401,3 +417,46 @@ def test_plan_without_memory_names_device_and_bytes(folder: Path, capsys: pytest
     result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
     assert result.returncode == 3
     assert_one_line(result, "'desk'", "20", "2 GB")
+
+
+# -- profile, plan and report --------------------------------------------------------------------------------------
+
+
+def test_demo_profiles_plans_trains_and_reports(tmp_path: Path) -> None:
+    result = colledge(tmp_path, "demo", "--steps", "12", "--output", "demo", timeout_s=170)
+    assert result.returncode == 0, result.stderr
+    for word in ("family", "pipeline", "single", "Chosen for least energy", "predicted", "report:"):
+        assert word in result.stdout
+    assert not processes_of(tmp_path)
+    out = tmp_path / "demo" / "out"
+    report = read_json(Report, out / "report.json")
+    assert report.final_loss < report.first_loss
+    assert report.prediction is not None
+    assert set(report.prediction.devices) == set(report.measured.devices) == {"desktop", "laptop", "pi"}
+    assert report.bounds is not None
+    assert report.bounds.step_s is not None
+    assert report.bounds.step_s <= report.prediction.step_s
+    assert {"single", "data", "pipeline", "tensor"} <= set(report.families)
+
+    printed = colledge(tmp_path, "report", str(out), "--json")
+    assert json.loads(printed.stdout)["measured"]["step_s"] == report.measured.step_s
+    profiles = [
+        "--pool-profile",
+        str(out / "pool-profile.json"),
+        "--model-profile",
+        str(out / "model-profile.json"),
+    ]
+    planned = colledge(
+        tmp_path, "plan", *profiles, "--global-batch-size", "16", "--objective", "time", "--json"
+    )
+    answer = json.loads(planned.stdout)
+    assert set(answer) >= {"plan", "families", "frontier", "bounds", "planning_s"}
+    assert answer["plan"]["prediction"]["step_s"] <= report.prediction.step_s + 1e-9
+
+
+def test_init_writes_files_that_load(tmp_path: Path) -> None:
+    assert colledge(tmp_path, "init").returncode == 0
+    assert load_run(tmp_path / "run.yaml").batch.global_size == 16
+    assert load_pool(tmp_path / "pool.yaml").devices[0].host == "local"
+    again = colledge(tmp_path, "init")
+    assert_one_line(again, "is there already")

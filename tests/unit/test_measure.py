@@ -160,9 +160,7 @@ def test_a_shard_is_timed_by_its_units(layer_index: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_llama_is_counted_as_by_hand(dtype: torch.dtype) -> None:
     size = dtype.itemsize
-    embedding, block, *_, head = count_model(
-        llama(), SEQUENCE, dtype, "causal_lm", workload(llama()).update
-    )
+    embedding, block, *_, head = count_model(llama(), SEQUENCE, dtype, "causal_lm", workload(llama()).update)
     kv_size = HIDDEN // HEADS * KV_HEADS
     linear = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * kv_size + 3 * HIDDEN * INNER
     assert embedding.parameter_bytes == VOCABULARY * HIDDEN * size
