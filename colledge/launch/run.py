@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from colledge.data import TokenizedText
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import planning
 from colledge.launch.inputs import find_model, load_data
 from colledge.launch.job import Job, OutputFolder
+from colledge.launch.progress import ProfilingProgress, TrainingProgress
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
@@ -25,11 +25,11 @@ from colledge.parallel.checkpoint import find_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
 from colledge.records import read_json, write_atomically
-from colledge.report import Bounds, FamilyFigures, Report, StepMetrics, build_report, read_metrics
+from colledge.report import Bounds, FamilyFigures, Report, build_report, read_metrics
 from colledge.report.html import render, timeline_bars
 from colledge.report.tables import comparison_table
 from colledge.schedule import simulate
-from colledge.units import format_joules, format_seconds
+from colledge.units import format_seconds
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,9 @@ def profile(inputs: Inputs, console: Console) -> None:
     devices = tuple(device.id for device in inputs.pool.devices)
     console.print(f"profiling {len(devices)} devices: {', '.join(devices)}")
     began_s = time.monotonic()
-    Supervisor(_job(inputs, "profile", devices)).run(_LogLines(inputs.folder.log("coordinator"), console))
+    supervisor = Supervisor(_job(inputs, "profile", devices))
+    with ProfilingProgress(inputs.folder.log("coordinator"), console) as progress:
+        supervisor.run(progress)
     console.print(f"profiled in {format_seconds(time.monotonic() - began_s)}")
 
 
@@ -211,87 +213,6 @@ def show_report(made: Report, folder: OutputFolder, console: Console) -> None:
         highlight=False,
     )
     console.print(f"report: {folder.report_html}", highlight=False)
-
-
-class TrainingProgress:
-    """Shows loss, step time, tokens/s, joules and time left: a bar on a terminal, else a line now and then.
-
-    Reads metrics.jsonl, so it sees exactly what is written.
-    """
-
-    _LINE_EVERY_S = 5.0
-
-    def __init__(self, folder: OutputFolder, steps: int, console: Console) -> None:
-        self._path, self._steps, self._console = folder.metrics, steps, console
-        self._offset = 0
-        self._printed_s = time.monotonic()
-        self._bar = Progress(
-            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
-        )
-        self._task = self._bar.add_task("starting the devices", total=steps)
-        self._recent: list[StepMetrics] = []
-
-    def __enter__(self) -> TrainingProgress:
-        """Begin to show."""
-        if self._console.is_terminal:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """End with the last step's line."""
-        if self._console.is_terminal:
-            self._bar.stop()
-        elif self._recent:
-            self._console.print(self._line(self._recent[-1]), highlight=False)
-
-    def __call__(self) -> None:
-        """Read what is new and show it."""
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        lines = [StepMetrics.model_validate_json(line) for line in whole.splitlines()]
-        if not lines:
-            return
-        self._recent = (self._recent + lines)[-20:]
-        last = lines[-1]
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=last.step, description=self._line(last, number=False))
-        elif time.monotonic() - self._printed_s > self._LINE_EVERY_S:
-            self._printed_s = time.monotonic()
-            self._console.print(self._line(last), highlight=False)
-
-    def _line(self, last: StepMetrics, number: bool = True) -> str:
-        step_s = sum(line.step_s for line in self._recent) / len(self._recent)
-        joules = sum(line.energy_joules for line in self._recent) / len(self._recent)
-        return (
-            (f"step {last.step}/{self._steps}  " if number else "")
-            + f"loss {last.loss:.4f}  {format_seconds(step_s)}/step  {last.tokens / step_s:.0f} tokens/s  "
-            f"{format_joules(joules)}/step  {format_seconds((self._steps - last.step) * step_s)} left"
-        )
-
-
-class _LogLines:
-    """Repeats the lines that a process writes to its log, without torchrun's own."""
-
-    def __init__(self, path: Path, console: Console) -> None:
-        self._path, self._console = path, console
-        self._offset = 0
-
-    def __call__(self) -> None:
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.decode(errors="replace").splitlines():
-            if line.startswith("  "):
-                self._console.print(line, highlight=False)
 
 
 def _job(inputs: Inputs, kind: str, devices: tuple[str, ...], resume: bool = False) -> Job:

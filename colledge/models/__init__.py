@@ -1,7 +1,8 @@
 """Models as ordered lists of named layers, so that any half-open range of them can be one pipeline stage."""
 
+from colledge.models.build import build_model
 from colledge.models.huggingface import HuggingFaceCausalLM
-from colledge.models.layered import LayeredModel, ModelSpec, StageModule, build_model
+from colledge.models.layered import LayeredModel, ModelSpec, StageModule
 from colledge.models.sharding import ShardOps, Slice
 from colledge.models.weights import SafetensorsDirectory
 

@@ -113,14 +113,3 @@ class LayeredModel(Protocol):
         Raises:
             ModelError: The structure cannot be cut like this.
         """
-
-
-def build_model(spec: ModelSpec) -> LayeredModel:
-    """Return the model that a spec describes.
-
-    Raises:
-        ModelError: The structure is not one that can be cut into layers.
-    """
-    from colledge.models.huggingface import HuggingFaceCausalLM
-
-    return HuggingFaceCausalLM(spec.config)

@@ -10,7 +10,6 @@ sleep     answer late
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from typing import Any
@@ -26,7 +25,7 @@ from colledge.parallel.groups import Group
 from colledge.parallel.stage import StageRunner
 from colledge.parallel.wire import COORDINATOR_RANK, RECORD_TAG
 from colledge.parallel.world import join_world, leave_world
-from tests.multiproc.workers import Workers, free_port
+from tests.multiproc.workers import Workers
 
 SINK_TAG = 77
 
@@ -36,25 +35,7 @@ _active: list[Any] = []
 class FaultyWorkers(Workers):
     """`count` workers that take the commands of this module, on loopback; this process is rank 0."""
 
-    def __init__(self, count: int, timeout_s: float = 60.0) -> None:
-        shared = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
-            "WORLD_SIZE": str(count + 1),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "OMP_NUM_THREADS": "1",
-            "COLLEDGE_TIMEOUT_S": str(timeout_s),
-        }
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.multiproc.faulty_worker"],
-                env={**os.environ, **shared, "RANK": str(rank)},
-            )
-            for rank in range(1, count + 1)
-        ]
-        os.environ.update({**shared, "RANK": "0"})
-        self.wire = join_world(timeout_s).wire
-        self.ranks = {f"d{i}": i + 1 for i in range(count)}
+    module = "tests.multiproc.faulty_worker"
 
 
 class _NoReduce:

@@ -20,6 +20,8 @@ def free_port() -> int:
 class Workers:
     """`count` device workers, ranks 1 to count, on loopback."""
 
+    module = "colledge.launch.worker"
+
     def __init__(self, count: int, timeout_s: float = 60.0) -> None:
         port = free_port()
         shared = {
@@ -32,13 +34,18 @@ class Workers:
         }
         self.processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "colledge.launch.worker"],
+                [sys.executable, "-m", self.module],
                 env={**os.environ, **shared, "RANK": str(rank)},
             )
             for rank in range(1, count + 1)
         ]
         os.environ.update({**shared, "RANK": "0"})
-        self.wire = join_world(timeout_s).wire
+        try:
+            self.wire = join_world(timeout_s).wire
+        except BaseException:
+            for process in self.processes:
+                process.kill()
+            raise
         self.ranks = {f"d{i}": i + 1 for i in range(count)}
 
     def close(self) -> None:

@@ -1,0 +1,125 @@
+"""How far a run is: a bar on a terminal, plain lines now and then elsewhere. Reads what the run itself writes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from colledge.launch.job import OutputFolder
+from colledge.report import StepMetrics
+from colledge.units import format_joules, format_seconds
+
+_LINE_EVERY_S = 5.0
+
+
+class _NewLines:
+    """The whole lines that are added to a file, or to one that takes its place."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file, self._offset = self._look()
+
+    def _look(self) -> tuple[int, int]:
+        try:
+            status = self._path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return status.st_ino, status.st_size
+
+    def read(self) -> list[str]:
+        """Return the lines added since the last call."""
+        file, size = self._look()
+        if file != self._file or size < self._offset:
+            self._file, self._offset = file, 0
+        if size <= self._offset:
+            return []
+        with self._path.open("rb") as stream:
+            stream.seek(self._offset)
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+
+class TrainingProgress:
+    """Shows loss, step time, tokens/s, joules and time left, from metrics.jsonl."""
+
+    def __init__(self, folder: OutputFolder, steps: int, console: Console) -> None:
+        self._lines, self._steps, self._console = _NewLines(folder.metrics), steps, console
+        self._printed_s = time.monotonic()
+        self._bar = Progress(
+            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
+        )
+        self._task = self._bar.add_task("starting the devices", total=steps)
+        self._recent: list[StepMetrics] = []
+
+    def __enter__(self) -> TrainingProgress:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End with the last step's line."""
+        if self._console.is_terminal:
+            self._bar.stop()
+        elif self._recent:
+            self._console.print(self._line(self._recent[-1]), highlight=False)
+
+    def __call__(self) -> None:
+        """Read what is new and show it."""
+        steps = [StepMetrics.model_validate_json(line) for line in self._lines.read()]
+        if not steps:
+            return
+        self._recent = (self._recent + steps)[-20:]
+        last = steps[-1]
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=last.step, description=self._figures(last))
+        elif time.monotonic() - self._printed_s > _LINE_EVERY_S:
+            self._printed_s = time.monotonic()
+            self._console.print(self._line(last), highlight=False)
+
+    def _line(self, last: StepMetrics) -> str:
+        return f"step {last.step}/{self._steps}  {self._figures(last)}"
+
+    def _figures(self, last: StepMetrics) -> str:
+        step_s = sum(line.step_s for line in self._recent) / len(self._recent)
+        joules = sum(line.energy_joules for line in self._recent) / len(self._recent)
+        return (
+            f"loss {last.loss:.4f}  {format_seconds(step_s)}/step  {last.tokens / step_s:.0f} tokens/s  "
+            f"{format_joules(joules)}/step  {format_seconds((self._steps - last.step) * step_s)} left"
+        )
+
+
+class ProfilingProgress:
+    """Shows what is measured now (lines `[3/40] ...` of the coordinator's log), and everything said about noise."""
+
+    def __init__(self, log: Path, console: Console) -> None:
+        self._lines, self._console = _NewLines(log), console
+        self._status = console.status("starting the devices")
+        self._printed_s = time.monotonic()
+
+    def __enter__(self) -> ProfilingProgress:
+        """Begin to show."""
+        if self._console.is_terminal:
+            self._status.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End."""
+        if self._console.is_terminal:
+            self._status.stop()
+
+    def __call__(self) -> None:
+        """Read what is new and show it."""
+        for line in self._lines.read():
+            if "spread" in line:
+                self._console.print(line, highlight=False)
+            elif line.startswith("[") and self._console.is_terminal:
+                self._status.update(line.replace("[", "\\["))
+            elif line.startswith("[") and time.monotonic() - self._printed_s > _LINE_EVERY_S:
+                self._printed_s = time.monotonic()
+                self._console.print(line, highlight=False, markup=False)
