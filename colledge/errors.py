@@ -9,14 +9,17 @@ class ColledgeError(Exception):
     Args:
         message: What is wrong, with the value seen and the value wanted.
         fix: The knob to turn, in one sentence.
+        exit_code: Of the command line; None means the class's own.
 
     The command line prints ``message`` and ``fix`` on one line and exits with ``exit_code``.
     """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, fix: str = "") -> None:
+    def __init__(self, message: str, *, fix: str = "", exit_code: int | None = None) -> None:
         super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = exit_code
         self.message = message
         self.fix = fix
 

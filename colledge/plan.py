@@ -98,6 +98,14 @@ class Stage(Record):
         """The number of shards of each replica."""
         return len(self.replicas[0].shards)
 
+    def units(self, num_units: int, shard_index: int) -> tuple[int, int] | None:
+        """Return the half-open range of shard units of a shard, or None where replicas are not sharded.
+
+        Raises:
+            PlanError: A fraction does not fall on a unit.
+        """
+        return self.replicas[0].unit_ranges(num_units)[shard_index] if self.num_shards > 1 else None
+
     @property
     def row_ranges(self) -> tuple[tuple[int, int], ...]:
         """The half-open range of a micro-batch's rows that each replica computes."""

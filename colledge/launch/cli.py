@@ -61,7 +61,7 @@ def profile(
     from colledge.launch import run
 
     extra = [f"output={output.resolve()}"] if output is not None else []
-    inputs = run.read_inputs(run_file, [*(overrides or []), *extra])
+    inputs = run.read_inputs(run_file, [*(overrides or []), *extra], with_data=False)
     run.profile(inputs, _console())
     typer.echo(f"wrote {inputs.folder.pool_profile} and {inputs.folder.model_profile}")
 
@@ -75,7 +75,9 @@ def plan(
     pool_profile: Annotated[Path | None, typer.Option(help="A pool-profile.json.")] = None,
     model_profile: Annotated[Path | None, typer.Option(help="A model-profile.json.")] = None,
     global_batch_size: Annotated[int | None, typer.Option(help="Samples in a step.", min=1)] = None,
-    objective: Annotated[str, typer.Option(help="energy, time or energy-delay.")] = "energy",
+    objective: Annotated[
+        str | None, typer.Option(help="energy (default), time or energy-delay.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for plan.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -84,13 +86,16 @@ def plan(
     from colledge.launch.job import OutputFolder
 
     folder: OutputFolder | None
-    if run_file is not None and (pool_profile or model_profile):
-        raise ConfigError("saw run.yaml and a profile.", fix="give run.yaml, or both profiles, not a mix.")
+    if run_file is not None and (pool_profile or model_profile or global_batch_size or objective or output):
+        raise ConfigError(
+            "saw run.yaml and options that belong to profiles.",
+            fix="change run.yaml's keys, such as objective=time, or give both profiles and no run.yaml.",
+        )
     if run_file is not None:
         pool, model, request, folder = planning.from_run(run_file, overrides or [])
     else:
         pool, model, request = planning.from_profiles(
-            pool_profile, model_profile, global_batch_size, objective
+            pool_profile, model_profile, global_batch_size, objective or "energy"
         )
         folder = OutputFolder(output) if output is not None else None
     result = planning.plan(pool, model, request, folder)
@@ -107,7 +112,7 @@ def train(
     run_file: RunFile,
     overrides: Overrides = None,
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="A plan.json; default: the folder's, or a new one.")
+        Path | None, typer.Option("--plan", help="A plan.json; default: the best for the profiles.")
     ] = None,
     resume: Annotated[
         str | None, typer.Option(help="auto: go on from the last checkpoint.", show_default=False)
@@ -125,12 +130,16 @@ def train(
         raise ConfigError(f"--resume {resume!r} is not known.", fix="use --resume auto.")
     console = _console()
     inputs = run.read_inputs(run_file, overrides or [])
+    if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):
+        run.profile(inputs, console)
     chosen = run.choose_plan(inputs, plan_file, console)
-    if dry_run or print_commands:
-        lines = write_commands(run.training_job(inputs, chosen, resume is not None))
-        typer.echo(
-            lines if print_commands else f"ready to train {inputs.run.steps} steps: {chosen.describe()}"
-        )
+    job = run.training_job(inputs, chosen.plan, resume is not None)
+    if print_commands:
+        chosen.write(inputs.folder)
+        typer.echo(write_commands(job))
+        return
+    if dry_run:
+        typer.echo(f"ready to train {inputs.run.steps} steps under {chosen.plan.describe()}")
         return
     run.train(inputs, chosen, console, resume is not None)
     run.show_report(run.report(inputs.folder), inputs.folder, console)
@@ -191,6 +200,9 @@ def main() -> None:
     except ColledgeError as fault:
         print(f"colledge: {fault}", file=sys.stderr)
         sys.exit(fault.exit_code)
+    except OSError as fault:
+        print(f"colledge: {fault}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:
         print("colledge: stopped.", file=sys.stderr)
         sys.exit(130)

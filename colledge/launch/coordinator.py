@@ -7,6 +7,7 @@ SIGTERM or SIGINT ends a training after the step under way, with a checkpoint.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
@@ -36,6 +37,7 @@ from colledge.report import StepMetrics, append_metrics
 from colledge.units import format_joules, format_seconds
 
 _LINE_EVERY_S = 2.0
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 _DEADLINE_STEPS = (
     20  # a wait may take as long as this many predicted steps, where that is longer than the default
 )
@@ -148,11 +150,18 @@ class _Training:
         checkpoint = find_checkpoint(self._job.output)
         if checkpoint is None:
             print("no checkpoint to resume from: starting at step 1", flush=True)
+            self._folder.metrics.unlink(missing_ok=True)
             return
-        state = load_checkpoint(self._engine, checkpoint)
+        state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
         print(f"resumed from {checkpoint.name}: going on at step {state.step + 1}", flush=True)
 
     def _write(self, record: StepRecord) -> None:
+        if not math.isfinite(record.loss) or not math.isfinite(record.gradient_norm or 0.0):
+            raise ColledgeError(
+                f"the loss is {record.loss} and the gradient's norm {record.gradient_norm} at step {record.step}: "
+                "training diverged.",
+                fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
+            )
         line = step_metrics(record, self._modes)
         append_metrics(self._folder.metrics, line)
         now_s = time.monotonic()
@@ -187,11 +196,6 @@ def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode]) -> StepMetr
             peak_memory_bytes=own.peak_memory_bytes if own else None,
             source="modelled",
         )
-    if not math.isfinite(record.loss):
-        raise ColledgeError(
-            f"the loss is {record.loss} at step {record.step}: training diverged.",
-            fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
-        )
     return StepMetrics(
         step=record.step,
         loss=record.loss,
@@ -211,17 +215,22 @@ def save_model(engine: Engine, source: Path, target: Path) -> None:
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for path in source.iterdir():
-        if path.is_file() and not path.name.startswith("model") and path.suffix != ".safetensors":
-            shutil.copy2(path, partial)
-    tensors = {name: value for layer in engine.state_dict().values() for name, value in layer.items()}
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()},
-        partial / "model.safetensors",
-        metadata={"format": "pt"},
-    )
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    try:
+        for path in source.iterdir():
+            if path.is_file() and path.suffix not in _WEIGHTS and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, partial / path.name)
+        tensors = {name: value for layer in engine.state_dict().values() for name, value in layer.items()}
+        path = partial / "model.safetensors"
+        save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"})
+        path.chmod(0o644)
+        config = json.loads((partial / "config.json").read_text())
+        config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        write_atomically(partial / "config.json", json.dumps(config, indent=2))
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _power_modes(job: Job, plan: Plan, pool: PoolProfile | None) -> dict[str, PowerMode]:
@@ -262,15 +271,19 @@ def main() -> None:
     stop = StopRequest()
     torch.set_num_threads(1)
     try:
-        job = read_json(Job, folder.job)
         with folder.locked():
-            world = join_world(timeout_from_environment())
-            run_job(job, world, stop)
-            _shut_down(world)
-    except Exception as fault:
-        failure = _failure(fault)
-        write_atomically(folder.failure, failure.to_json())
-        os._exit(failure.exit_code)  # sockets close now: that is what frees the devices
+            try:
+                job = read_json(Job, folder.job)
+                world = join_world(timeout_from_environment())
+                run_job(job, world, stop)
+                _shut_down(world)
+            except Exception as fault:
+                failure = _failure(fault)
+                write_atomically(folder.failure, failure.to_json())
+                os._exit(failure.exit_code)  # sockets close now: that is what frees the devices
+    except LaunchError as fault:  # the folder is another run's: leave nothing in it
+        print(f"LaunchError: {fault}", file=sys.stderr, flush=True)
+        os._exit(fault.exit_code)
     leave_world()
 
 

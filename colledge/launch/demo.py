@@ -7,6 +7,7 @@ interpreter's standard library, tokenised byte-level.
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def run_demo(directory: Path, steps: int, console: Console) -> None:
     write_atomically(directory / "run.yaml", _RUN.format(steps=steps))
 
     inputs = run.read_inputs(directory / "run.yaml")
-    for stale in (inputs.folder.plan, inputs.folder.pool_profile, inputs.folder.model_profile):
-        stale.unlink(missing_ok=True)
+    for old in inputs.folder.path.glob("checkpoint-*"):
+        shutil.rmtree(old)
+    run.profile(inputs, console)
     chosen = run.choose_plan(inputs, None, console)
     run.train(inputs, chosen, console)
     run.show_report(run.report(inputs.folder), inputs.folder, console)

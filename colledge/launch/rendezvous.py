@@ -26,11 +26,12 @@ from typing import Protocol
 
 import psutil
 
-from colledge.errors import ColledgeError, DeviceError, LaunchError
+from colledge.errors import ColledgeError, ConfigError, DeviceError, LaunchError
 from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.run_config import PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
+from colledge.report import read_metrics
 
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
@@ -77,6 +78,12 @@ def choose_port(pool: PoolConfig) -> int:
 def plan_agents(job: Job, port: int) -> list[Agent]:
     """Return the agents of a job: the coordinator, then the devices by rank."""
     address = job.pool.coordinator.address
+    remote = [device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices]
+    if remote and (address.startswith("127.") or address in ("localhost", "::1")):
+        raise ConfigError(
+            f"device {remote[0]!r} is on another machine and cannot reach the coordinator at {address}.",
+            fix="set coordinator.address in pool.yaml to this machine's address in their network.",
+        )
     devices = {device.id: device for device in job.pool.devices}
     agents = [_agent("coordinator", "local", address, address, port, 0, job, 1)]
     for rank, id in enumerate(job.devices, start=1):
@@ -89,10 +96,12 @@ def plan_agents(job: Job, port: int) -> list[Agent]:
 def _agent(
     name: str, host: str, own: str, address: str, port: int, rank: int, job: Job, threads: int | None
 ) -> Agent:
-    torchrun = str(Path(sys.executable).with_name("torchrun")) if host == "local" else "torchrun"
+    beside = Path(sys.executable).with_name("torchrun")
+    local = (str(beside),) if beside.is_file() else (sys.executable, "-m", "torch.distributed.run")
+    torchrun = local if host == "local" else ("torchrun",)
     module = ("colledge.launch.coordinator", str(job.output)) if rank == 0 else ("colledge.launch.worker",)
     command = (
-        torchrun,
+        *torchrun,
         f"--nnodes={len(job.devices) + 1}",
         f"--node-rank={rank}",
         "--nproc-per-node=1",
@@ -162,6 +171,7 @@ class Supervisor:
             )
         self._agents = plan_agents(job, choose_port(job.pool))
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._known: dict[int, psutil.Process] = {}
 
     def run(self, on_poll: Progress | None = None) -> None:
         """Start the agents, wait for their end.
@@ -180,10 +190,10 @@ class Supervisor:
                 self._end_all()
         if self._folder.failure.is_file():
             failure = read_json(Failure, self._folder.failure)
-            fault = ColledgeError(failure.message, fix=failure.fix)
-            fault.exit_code = failure.exit_code
-            raise fault
-        if interrupts.count:
+            raise ColledgeError(failure.message, fix=failure.fix, exit_code=failure.exit_code)
+        if interrupts.count and self._job.kind == "profile":
+            raise Stopped("stopped on request; profiling left nothing behind.", fix="profile again.")
+        if interrupts.count and not self._finished():
             raise Stopped(
                 f"stopped on request; {self._saved()}.",
                 fix="go on with `colledge train ... --resume auto`.",
@@ -212,11 +222,12 @@ class Supervisor:
         asked = 0
         died_at_s: float | None = None
         while coordinator.poll() is None:
+            self._remember_workers()
             if on_poll is not None:
                 on_poll()
             if interrupts.count > asked:
                 asked = interrupts.count
-                if asked > 1 or not self._ask_to_stop():
+                if asked > 1 or self._job.kind == "profile" or not self._ask_to_stop():
                     return
             dead = [
                 index for index, process in enumerate(devices, start=1) if process.poll() not in (None, 0)
@@ -253,6 +264,12 @@ class Supervisor:
             fix=f"read {self._folder.log(name)}.",
         )
 
+    def _finished(self) -> bool:
+        """Return whether the training reached its last step, a request to stop notwithstanding."""
+        steps = read_metrics(self._folder.metrics) if self._folder.metrics.is_file() else []
+        done = steps[-1].step if steps else 0
+        return done >= self._job.run.steps and self._processes[0].returncode == 0
+
     def _saved(self) -> str:
         saved = find_checkpoint(self._job.output)
         return f"saved {saved}" if saved is not None else "there was nothing to save yet"
@@ -267,20 +284,26 @@ class Supervisor:
 
     def _end_all(self) -> None:
         """End every agent and every process below it, by id."""
-        alive: list[psutil.Process] = []
-        for process in self._processes:
-            alive += _children(process.pid)
-            if process.poll() is None:
-                alive.append(psutil.Process(process.pid))
         for method in ("terminate", "kill"):
-            for process_below in alive:
+            self._remember_workers()
+            for process in self._known.values():
                 try:
-                    getattr(process_below, method)()
+                    getattr(process, method)()
                 except psutil.NoSuchProcess:
                     continue
-            _, alive = psutil.wait_procs(alive, timeout=_KILL_GRACE_S)
-        for process in self._processes:
-            process.wait()
+            psutil.wait_procs(list(self._known.values()), timeout=_KILL_GRACE_S)
+        for agent in self._processes:
+            agent.wait(_KILL_GRACE_S)
+
+    def _remember_workers(self) -> None:
+        """Note the agents and the processes below them, so that a worker is found when its agent is gone."""
+        for agent in self._processes:
+            try:
+                process = psutil.Process(agent.pid)
+                found = [process, *process.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
+            self._known |= {process.pid: process for process in found}
 
 
 def _children(pid: int) -> list[psutil.Process]:

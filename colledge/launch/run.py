@@ -23,10 +23,11 @@ from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_ru
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.plan import Plan, read_plan
-from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
+from colledge.planner import PlanningResult, PoolCosts, check_memory, plan_training, predict
+from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import Bounds, FamilyFigures, Report, build_report, read_metrics
-from colledge.report.html import render, timeline_bars
+from colledge.report.html import Bar, render, timeline_bars
 from colledge.report.tables import comparison_table
 from colledge.schedule import simulate
 from colledge.units import format_seconds
@@ -47,8 +48,13 @@ class Inputs:
         return OutputFolder(self.run.output)
 
 
-def read_inputs(path: Path, overrides: Sequence[str] = ()) -> Inputs:
+def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = True) -> Inputs:
     """Return a run's inputs; the model's structure and the data's first fault are found here.
+
+    Args:
+        path: run.yaml.
+        overrides: `key=value` changes.
+        with_data: Whether the data and the weights are looked at; profiling needs neither.
 
     Raises:
         ConfigError: A file, a key, the model or the data is not usable.
@@ -57,8 +63,9 @@ def read_inputs(path: Path, overrides: Sequence[str] = ()) -> Inputs:
     pool = load_pool(run.pool)
     folder = find_model(run.model)
     model = HuggingFaceCausalLM.from_directory(folder)
-    SafetensorsDirectory(folder)
-    check_data(load_data(run, folder), model)
+    if with_data:
+        SafetensorsDirectory(folder)
+        check_data(load_data(run, folder), model)
     with OutputFolder(run.output).locked():
         return Inputs(run, pool, folder, model)
 
@@ -94,31 +101,62 @@ def profile(inputs: Inputs, console: Console) -> None:
     console.print(f"profiled in {format_seconds(time.monotonic() - began_s)}")
 
 
-def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Plan:
-    """Return the plan to train with: the given one, the folder's, or a new one from new profiles.
+@dataclass(frozen=True)
+class Chosen:
+    """A plan to train with; `planning` is the planner's answer, None for a plan that was given."""
+
+    plan: Plan
+    planning: PlanningResult | None
+
+    def write(self, folder: OutputFolder) -> None:
+        """Write plan.json and planning.json, which the coordinator and the report read."""
+        write_atomically(folder.plan, self.plan.to_json())
+        if self.planning is not None:
+            write_atomically(folder.planning, self.planning.to_json())
+        else:
+            folder.planning.unlink(missing_ok=True)
+
+
+def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Chosen:
+    """Return the plan to train with: the given one, or the best for the folder's profiles. Writes nothing.
 
     Raises:
-        ConfigError: The plan does not fit the model, the batch, the pool or a device's memory.
+        ConfigError: The plan does not fit the model, the batch, the pool or a device's memory, or there is neither
+            a plan nor a profile.
     """
-    folder = inputs.folder
-    if plan_path is None and not folder.plan.is_file():
-        if planning.read_profiles(folder) is None:
-            profile(inputs, console)
-        profiles = planning.read_profiles(folder)
-        assert profiles is not None
-        result = planning.plan(*profiles, planning.request_of(inputs.run), folder)
+    profiles = read_profiles(inputs)
+    if plan_path is None:
+        if profiles is None:
+            raise ConfigError(
+                f"{inputs.folder.path} holds no profiles of this run.",
+                fix="run `colledge profile` first, or give --plan.",
+            )
+        console.print(f"planning from the profiles in {inputs.folder.path}", highlight=False)
+        result = plan_training(*profiles, planning.request_of(inputs.run))
         planning.show(result, *profiles, console)
-    chosen = read_plan(plan_path or folder.plan)
-    check_plan(chosen, inputs)
-    profiles = planning.read_profiles(folder)
-    if profiles is not None and {d.id for d in profiles[0].devices} >= set(chosen.devices):
-        factor = inputs.run.optimizer.state_factor
-        check_memory(chosen, *profiles, factor)
-        chosen = chosen.model_copy(update={"prediction": predict(chosen, *profiles, factor)})
-    if plan_path is not None:
-        folder.planning.unlink(missing_ok=True)
-    write_atomically(folder.plan, chosen.to_json())
-    return chosen
+        return Chosen(result.best, result)
+    given = read_plan(plan_path)
+    check_plan(given, inputs)
+    if profiles is None:
+        console.print("no profiles of this run: memory is not checked and time is not predicted")
+        return Chosen(given.model_copy(update={"prediction": None}), None)
+    factor = inputs.run.optimizer.state_factor
+    check_memory(given, *profiles, factor)
+    return Chosen(given.model_copy(update={"prediction": predict(given, *profiles, factor)}), None)
+
+
+def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
+    """Return the profiles in a run's folder, or None where there are none for its pool, model and rows."""
+    profiles = planning.read_profiles(inputs.folder)
+    if profiles is None:
+        return None
+    pool, model = profiles
+    same = (
+        {device.id for device in pool.devices} == {device.id for device in inputs.pool.devices}
+        and tuple(layer.name for layer in model.layers) == inputs.model.layer_names
+        and model.sequence_length == inputs.run.data.sequence_length
+    )
+    return profiles if same else None
 
 
 def check_plan(chosen: Plan, inputs: Inputs) -> None:
@@ -158,15 +196,17 @@ def training_job(inputs: Inputs, chosen: Plan, resume: bool) -> Job:
     return _job(inputs, "train", chosen.devices, resume)
 
 
-def train(inputs: Inputs, chosen: Plan, console: Console, resume: bool = False) -> None:
+def train(inputs: Inputs, chosen: Chosen, console: Console, resume: bool = False) -> None:
     """Train under a plan; writes metrics.jsonl, checkpoints and the trained model.
 
     Raises:
         ColledgeError: What ended the run.
     """
     folder = inputs.folder
-    supervisor = Supervisor(training_job(inputs, chosen, resume))
-    console.print(f"training {inputs.run.steps} steps under {chosen.describe()}")
+    job = training_job(inputs, chosen.plan, resume)
+    supervisor = Supervisor(job)
+    chosen.write(folder)
+    console.print(f"training {inputs.run.steps} steps under {chosen.plan.describe()}", highlight=False)
     with TrainingProgress(folder, inputs.run.steps, console) as progress:
         supervisor.run(progress)
     console.print(f"saved the trained model in {folder.model}")
@@ -182,7 +222,7 @@ def report(folder: OutputFolder) -> Report:
     metrics = read_metrics(folder.metrics)
     job = read_json(Job, folder.job)
     result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
-    profiles = planning.read_profiles(folder)
+    profiles = planning.read_profiles(folder) if chosen.prediction is not None else None
     bounds = None
     if result is not None:
         bounds = Bounds(**result.bounds.model_dump())
@@ -194,12 +234,12 @@ def report(folder: OutputFolder) -> Report:
         bounds=bounds,
         reasons=result.reasons if result else (),
     )
-    bars: Sequence[object] = ()
+    bars: Sequence[Bar] = ()
     modes = {device.id: device.power_mode() for device in job.pool.devices}
     if profiles is not None:
         bars = timeline_bars(chosen, simulate(chosen, PoolCosts(*profiles), record=True))
     write_atomically(folder.report_json, made.to_json())
-    write_atomically(folder.report_html, render(made, metrics, bars, modes))  # type: ignore[arg-type]
+    write_atomically(folder.report_html, render(made, metrics, bars, modes))
     return made
 
 

@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 
-import torch
-
 from colledge.errors import ColledgeError
 from colledge.launch.profiling import HANDLERS
 from colledge.parallel import DeviceWorker
@@ -22,7 +20,6 @@ def main() -> None:
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole terminal; the coordinator ends the run
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
         world = join_world(timeout_from_environment())
         DeviceWorker(world, HANDLERS).serve()

@@ -64,14 +64,19 @@ def find_checkpoint(folder: Path) -> Path | None:
     return max(found)[1] if found else None
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> CheckpointState:
+def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointState:
     """Give an engine the values, optimizer state and step of a checkpoint, whatever plan wrote it.
 
     Raises:
         ConfigError: The checkpoint is damaged or of another model.
     """
     state = read_json(CheckpointState, checkpoint / "state.json")
-    for name in engine.model.layer_names:
+    if state.seed != seed:
+        raise ConfigError(
+            f"{checkpoint} was made with seed {state.seed}, the run has {seed}: its data would come in another order.",
+            fix=f"set seed={state.seed}.",
+        )
+    for index, name in enumerate(engine.model.layer_names):
         path = checkpoint / f"{name}.safetensors"
         try:
             values = load_file(path)
@@ -80,5 +85,12 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> CheckpointState:
                 f"{path}: cannot be read ({fault}).",
                 fix="delete this checkpoint to go on from the one before.",
             ) from None
+        shapes = engine.model.layer_parameters(index)
+        for key, tensor in values.items():
+            if shapes.get(key.partition("@")[0]) != tuple(tensor.shape):
+                raise ConfigError(
+                    f"{path}: {key!r} has shape {list(tensor.shape)}, which this model has not.",
+                    fix="resume with the model that the checkpoint was made from.",
+                )
         engine.restore_layer(name, values, state.step)
     return state

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 
 class Clock:
     """Adds up seconds of computing and communicating.
@@ -12,10 +14,12 @@ class Clock:
         slowdown: 1 for a real device. An emulated one computes `slowdown` times as long: the rest of the time
             is slept, measured by the thread's own CPU time so that the other processes of this machine do not
             count.
+        device: Where it computes; a CUDA device is waited for before the clock is read.
     """
 
-    def __init__(self, slowdown: float = 1.0) -> None:
+    def __init__(self, slowdown: float = 1.0, device: torch.device | None = None) -> None:
         self._slowdown = slowdown
+        self._cuda = device if device is not None and device.type == "cuda" else None
         self._wall_s = self._cpu_s = 0.0
         self.reset()
 
@@ -23,7 +27,6 @@ class Clock:
         """Begin a new step."""
         self.compute_s = 0.0
         self.communicate_s = 0.0
-        self.started_s = time.perf_counter()
 
     def begin_compute(self) -> None:
         """Mark the begin of computing."""
@@ -32,6 +35,8 @@ class Clock:
 
     def end_compute(self) -> None:
         """Mark the end of computing, after what an emulated device would still take."""
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
         if self._slowdown > 1:
             due_s = self._wall_s + self._slowdown * (time.thread_time() - self._cpu_s)
             remaining_s = due_s - time.perf_counter()

@@ -8,11 +8,12 @@ coordinator ── setup, weights ──> device        one message a layer, onl
 
 from __future__ import annotations
 
+import resource
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Protocol
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +34,20 @@ from colledge.plan import Place, Plan
 from colledge.schedule import plan_schedule
 from colledge.settings import Emulation
 
-Handler = Callable[[Message, Wire], Message]
+
+class Handler(Protocol):
+    """A further command of a device."""
+
+    def __call__(self, message: Message, wire: Wire) -> Message:
+        """Answer the coordinator's message."""
+
+
+class GroupOf(Protocol):
+    """Makes this rank's groups."""
+
+    def __call__(self, ranks: Sequence[int]) -> Group | None:
+        """Return the group of these ranks, or None where it would have one member."""
+
 
 _IDLE_LIMIT_S = 24 * 3600.0  # between commands; a coordinator that dies closes the connection
 _REPORT_LIMIT = 800  # characters
@@ -73,8 +87,7 @@ class DeviceWorker:
                 raise
             except Exception as fault:  # whatever it is, the coordinator must learn of it
                 line = " ".join(f"{type(fault).__name__} during {command}: {fault}".split())
-                failed = ColledgeError(line)
-                failed.exit_code = DeviceError.exit_code
+                failed = ColledgeError(line, exit_code=DeviceError.exit_code)
                 self._report(failed)
                 raise failed from fault
             self._wire.send_message(COORDINATOR_RANK, Message({"ok": True, **answer.fields}, answer.tensors))
@@ -129,18 +142,18 @@ class _Part:
         self._model = build_model(setup.model)
         dtype, device = DTYPES[setup.precision], torch.device(setup.accelerator)
         emulation = setup.emulations.get(setup.device)
-        self._clock = Clock(emulation.slowdown if emulation else 1.0)
+        self._clock = Clock(emulation.slowdown if emulation else 1.0, device)
         wire.timeout_s = setup.timeout_s
         wire.pace(_paces(setup))
         ranks = setup.ranks
         for name, rank in ranks.items():
             wire.names[rank] = f"device {name!r}"
-        self._plan_group, shards, replicas, tied_group = _make_groups(plan, place, ranks, groups, self._model)
-        self._units = (
-            stage.replicas[0].unit_ranges(self._model.shard_units)[place.shard_index]
-            if stage.num_shards > 1
-            else None
+        routes = {ranks[name]: route for name, route in setup.routes.items()}
+        paces = {rank: Pace(r.latency_s, r.bandwidth_bytes_per_s) for rank, r in routes.items()}
+        self._plan_group, shards, replicas, tied_group = _make_groups(
+            plan, place, ranks, partial(groups.group, routes=paces), self._model
         )
+        self._units = stage.units(self._model.shard_units, place.shard_index)
         ops = ShardGroupOps(shards, self._clock) if shards is not None else None
         module, self._parameters = self._model.build_stage(stage.layers, dtype, self._units, ops)
         module.to(device)
@@ -164,7 +177,7 @@ class _Part:
             place,
             plan_schedule(plan),
             ranks,
-            {ranks[name]: route for name, route in setup.routes.items()},
+            routes,
             self._runner,
             self._gradients,
             wire,
@@ -228,7 +241,9 @@ class _Part:
                     key: tensor.to(parameter.device, copy=True) for key, tensor in values.items()
                 }
                 if state is not None:
-                    self._optimizer.state[parameter]["step"] = torch.tensor(float(state))
+                    self._optimizer.state[parameter]["step"] = torch.tensor(
+                        float(state), device=parameter.device
+                    )
         return Message({})
 
     def read_layer(self, message: Message) -> Message:
@@ -268,7 +283,7 @@ class _Part:
                 "gradient_norm": norm,
                 "compute_s": self._clock.compute_s,
                 "communicate_s": self._clock.communicate_s,
-                "peak_memory_bytes": _resident_bytes(),
+                "peak_memory_bytes": _peak_bytes(torch.device(self._setup.accelerator)),
             }
         )
 
@@ -277,16 +292,18 @@ class _Part:
         fields = message.fields
         x, context, targets = self._rows(message)
         self._clock.reset()
-        outputs = self._executor.infer(fields["step"], x, context, tuple(fields["boundary"]))
-        if not outputs:
+        loss, outputs = 0.0, []
+        for m, output in self._executor.infer(fields["step"], x, context, tuple(fields["boundary"])):
+            self._clock.begin_compute()
+            if fields["want"] == "outputs":
+                outputs.append(self._whole_output(output))
+            else:  # every shard takes part, one reports
+                rows = {name: self._executor.rows(tensor, m) for name, tensor in targets.items()}
+                loss += self._runner.total_loss(output, rows)
+            self._clock.end_compute()
+        if not self._reports_loss:
             return Message({"loss": 0.0})
-        output = torch.cat(outputs)
-        self._clock.begin_compute()
-        if fields["want"] == "outputs":
-            output = self._whole_output(output)
-            return Message({"loss": 0.0}, {"output": output} if self._reports_loss else {})
-        loss = self._runner.total_loss(output, targets)  # every shard takes part, one reports
-        return Message({"loss": loss if self._reports_loss else 0.0})
+        return Message({"loss": loss}, {"output": torch.cat(outputs)} if outputs else {})
 
     def _whole_output(self, output: Tensor) -> Tensor:
         """Return all columns of an output of which the shards hold parts."""
@@ -318,28 +335,28 @@ def _unique(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 def _make_groups(
-    plan: Plan, place: Place, ranks: Mapping[str, int], groups: GroupFactory, model: LayeredModel
+    plan: Plan, place: Place, ranks: Mapping[str, int], group_of: GroupOf, model: LayeredModel
 ) -> tuple[Group | None, Group | None, Group | None, Group | None]:
     """Make this rank's groups, walking all groups of the plan in one order: plan, shards, replicas, tied."""
     own = ranks[place.shard.device]
-    plan_group = groups.group([ranks[device] for device in plan.devices])
+    plan_group = group_of([ranks[device] for device in plan.devices])
     shards = replicas = tied = None
     for stage in plan.stages:
         for replica in stage.replicas:
             members = [ranks[shard.device] for shard in replica.shards]
             if own in members:
-                shards = groups.group(members)
+                shards = group_of(members)
         for shard_index in range(stage.num_shards):
             members = [ranks[replica.shards[shard_index].device] for replica in stage.replicas]
             if own in members:
-                replicas = groups.group(members)
+                replicas = group_of(members)
     first, last = plan.stages[0], plan.stages[-1]
     if model.tied and plan.num_stages > 1:
         members = [
             ranks[shard.device] for s in (first, last) for replica in s.replicas for shard in replica.shards
         ]
         if own in members:
-            tied = groups.group(members)
+            tied = group_of(members)
     return plan_group, shards, replicas, tied
 
 
@@ -355,10 +372,8 @@ def _paces(setup: DeviceSetup) -> dict[int, Pace]:
     return paces
 
 
-def _resident_bytes() -> int:
-    return int(psutil.Process().memory_info().rss)
-
-
-def worker_fault(fields: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the error in a device's answer, or None."""
-    return None if fields.get("ok") else fields["error"]
+def _peak_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: of its GPU, or resident."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kilobytes

@@ -18,9 +18,8 @@ from torch import Tensor
 from colledge.data.batch import Batch
 from colledge.errors import ColledgeError, ConfigError, DeadlineError, DeviceError, ModelError
 from colledge.models.layered import DTYPES, LayeredModel
-from colledge.models.losses import LOSSES
+from colledge.models.losses import IGNORED, LOSSES
 from colledge.models.sharding import Slice
-from colledge.parallel.device import worker_fault
 from colledge.parallel.setup import DeviceSetup, RouteEstimate
 from colledge.parallel.wire import Message, Wire
 from colledge.plan import Place, Plan
@@ -168,11 +167,8 @@ class Engine:
                 yield device, place
 
     def _slice(self, parameter: str, place: Place) -> Slice | None:
-        stage = self.plan.stages[place.stage_index]
-        if stage.num_shards == 1:
-            return None
-        units = stage.replicas[0].unit_ranges(self.model.shard_units)[place.shard_index]
-        return self.model.slices(parameter, units)
+        units = self.plan.stages[place.stage_index].units(self.model.shard_units, place.shard_index)
+        return None if units is None else self.model.slices(parameter, units)
 
     # -- steps -------------------------------------------------------------------------------------------------
 
@@ -261,7 +257,7 @@ class Engine:
             if missing:
                 targets = {name: tensor.clone() for name, tensor in targets.items()}
                 for tensor in targets.values():
-                    tensor[len(indices) :] = -100
+                    tensor[len(indices) :] = IGNORED
             yield Batch({k: v[filled] for k, v in batch.inputs.items()}, targets), len(indices)
 
     def _row_indices(self, place: Place) -> list[int]:
@@ -383,12 +379,13 @@ def command(
         except DeviceError as fault:
             faults.append((1 if isinstance(fault, DeadlineError) else 2, fault))
             continue
-        error = worker_fault(answer.fields)
-        if error is None:
+        if answer.fields["ok"]:
             answers[names[rank]] = answer
         else:
-            raised = ColledgeError(f"{wire.names[rank]}: {error['message']}", fix=error["fix"])
-            raised.exit_code = error["exit_code"]
+            error = answer.fields["error"]
+            raised = ColledgeError(
+                f"{wire.names[rank]}: {error['message']}", fix=error["fix"], exit_code=error["exit_code"]
+            )
             faults.append((3 if error["lost_peer"] else 0, raised))
     if faults:
         raise min(faults, key=lambda pair: pair[0])[1]

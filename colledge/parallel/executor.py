@@ -11,7 +11,7 @@ computes them next:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -176,9 +176,13 @@ class Executor:
         data = tensor.detach().to("cpu").contiguous()
         return [self.wire.send(data[e.start : e.stop], e.rank, tag) for e in exchanges]
 
-    def _rows(self, tensors: Mapping[str, Tensor], microbatch: int) -> dict[str, Tensor]:
+    def rows(self, tensor: Tensor, microbatch: int) -> Tensor:
+        """Return a micro-batch's rows of a tensor that holds this rank's rows of all of them."""
         begin = microbatch * self._num_rows
-        return {name: tensor[begin : begin + self._num_rows] for name, tensor in tensors.items()}
+        return tensor[begin : begin + self._num_rows]
+
+    def _rows(self, tensors: Mapping[str, Tensor], microbatch: int) -> dict[str, Tensor]:
+        return {name: self.rows(tensor, microbatch) for name, tensor in tensors.items()}
 
     def train(
         self,
@@ -199,14 +203,14 @@ class Executor:
         """
         clock, runner, gradients = self.clock, self._runner, self._gradients
         if self._num_rows == 0:
-            gradients.sync(f"SYNC@{self._place.stage_index} of step {step}", None)
+            gradients.sync(f"SYNC@{self._place.stage_index} of step {step}")
             return
         shape = (self._num_rows, *boundary)
         forwards = _Inbox(self, self._neighbours.forward_in, shape, _FORWARD_TAG, self._num_microbatches)
         backwards = _Inbox(self, self._neighbours.backward_in, shape, _BACKWARD_TAG, self._num_microbatches)
         arrived: dict[Action, Tensor] = {}
         made: dict[Action, Tensor] = {}
-        sent: list[Transfer] = []
+        sent: dict[Action, list[Transfer]] = {}
         for action in self._actions:
             microbatch, what = action.microbatch, f"{action} of step {step}"
             with torch.profiler.record_function(str(action)):
@@ -215,9 +219,10 @@ class Executor:
                         arrived[_compute(action)] = forwards.take(action, what)
                     case ActionKind.RECEIVE_BACKWARD:
                         arrived[_compute(action)] = backwards.take(action, what)
+                        self._settle(sent, ActionKind.SEND_FORWARD, microbatch, what)  # long since taken
                     case ActionKind.FORWARD:
                         assert microbatch is not None
-                        rows = arrived.pop(action) if x is None else self._rows({"x": x}, microbatch)["x"]
+                        rows = arrived.pop(action) if x is None else self.rows(x, microbatch)
                         clock.begin_compute()
                         made[action] = runner.forward(
                             microbatch, rows, self._rows(context, microbatch), self._rows(targets, microbatch)
@@ -235,17 +240,30 @@ class Executor:
                     case ActionKind.SEND_FORWARD:
                         assert microbatch is not None
                         tag = _FORWARD_TAG + 2 * microbatch
-                        sent += self._send(self._neighbours.forward_out, made.pop(_compute(action)), tag)
+                        sent[action] = self._send(
+                            self._neighbours.forward_out, made.pop(_compute(action)), tag
+                        )
                     case ActionKind.SEND_BACKWARD:
                         assert microbatch is not None
                         tag = _BACKWARD_TAG + 2 * microbatch
-                        sent += self._send(self._neighbours.backward_out, made.pop(_compute(action)), tag)
+                        sent[action] = self._send(
+                            self._neighbours.backward_out, made.pop(_compute(action)), tag
+                        )
+                        self._settle(sent, ActionKind.SEND_BACKWARD, microbatch - _LOOKAHEAD, what)
                     case ActionKind.SYNC:
-                        gradients.sync(what, None)
+                        gradients.sync(what)
                     case ActionKind.STEP:
                         pass
-        for transfer in sent:
-            clock.waited(transfer.wait(f"the sends of step {step}"), None)
+        for transfers in sent.values():
+            for transfer in transfers:
+                clock.waited(transfer.wait(f"the sends of step {step}"), 0.0)
+
+    def _settle(
+        self, sent: dict[Action, list[Transfer]], kind: ActionKind, microbatch: int | None, what: str
+    ) -> None:
+        """Wait for an earlier micro-batch's sends, so that their tensors can go."""
+        for transfer in sent.pop(Action(kind, self._place.stage_index, microbatch), []):
+            self.clock.waited(transfer.wait(what), 0.0)
 
     def infer(
         self,
@@ -253,28 +271,26 @@ class Executor:
         x: Tensor | None,
         context: Mapping[str, Tensor],
         boundary: tuple[int, ...],
-    ) -> list[Tensor]:
-        """Run the forwards only; return the last stage's outputs, a tensor a micro-batch (else an empty list)."""
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Run the forwards only; on the last stage yield each micro-batch and this rank's rows of its output."""
         if self._num_rows == 0:
-            return []
+            return
         stage = self._place.stage_index
         shape = (self._num_rows, *boundary)
         inbox = _Inbox(self, self._neighbours.forward_in, shape, _FORWARD_TAG, self._num_microbatches)
-        outputs, sent = [], []
+        sent: list[Transfer] = []
         for m in range(self._num_microbatches):
             receive = Action(ActionKind.RECEIVE_FORWARD, stage, m)
-            rows = (
-                self._rows({"x": x}, m)["x"] if x is not None else inbox.take(receive, f"{receive} of {step}")
-            )
+            rows = self.rows(x, m) if x is not None else inbox.take(receive, f"{receive} of {step}")
             self.clock.begin_compute()
             output = self._runner.infer(rows, self._rows(context, m))
             self.clock.end_compute()
-            sent += self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m)
             if self._is_last:
-                outputs.append(output)
+                yield m, output
+            else:
+                sent += self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m)
         for transfer in sent:
             transfer.wait(f"the sends of forward {step}")
-        return outputs
 
 
 def _compute(action: Action) -> Action:

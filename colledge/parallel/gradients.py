@@ -106,23 +106,24 @@ class Gradients:
         bucket = self._buckets[len(self._pending)]
         self._pending.append(self._replicas.begin_all_reduce(bucket.tensor))
 
-    def sync(self, action: object, expected_s: float | None) -> None:
+    def sync(self, action: object) -> None:
         """Sum the gradients over the stage's replicas and over the copies of tied weights."""
-        blocked_s = 0.0
-        if self._replicas is not None:
+        if self._replicas is not None and self._flat is not None:
+            blocked_s = 0.0
             if self._overlap:
                 while len(self._pending) < len(self._buckets):
                     self._start_next_bucket()
                 blocked_s += sum(pending.wait(action) for pending in self._pending)
             else:
                 blocked_s += sum(self._replicas.all_reduce(b.tensor, action) for b in self._buckets)
+            self._clock.waited(blocked_s, self._replicas.expected_s(self._flat.nbytes))
         for weight in self._tied.values():
             gradient = weight.parameter.grad
             assert gradient is not None
             if not weight.contributes:
                 gradient.zero_()
-            blocked_s += weight.group.all_reduce(gradient, action)
-        self._clock.waited(blocked_s, expected_s)
+            blocked_s = weight.group.all_reduce(gradient, action)
+            self._clock.waited(blocked_s, weight.group.expected_s(gradient.nbytes))
 
     def clip(self, max_norm: float, plan_group: Group | None, action: object) -> float:
         """Scale all gradients so that the 2-norm of the whole model's gradient is at most `max_norm`.
@@ -136,7 +137,7 @@ class Gradients:
         square = torch.nn.utils.get_total_norm(gradients).double().cpu().square()
         if plan_group is not None:
             self._clock.end_compute()
-            self._clock.waited(plan_group.all_reduce(square, action), None)
+            self._clock.waited(plan_group.all_reduce(square, action), plan_group.expected_s(square.nbytes))
             self._clock.begin_compute()
         norm = float(square.sqrt())
         scale = min(1.0, max_norm / (norm + 1e-6))

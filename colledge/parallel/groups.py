@@ -9,7 +9,7 @@ plan       every rank of the plan                the gradient norm
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colledge.errors import DeadlineError, DeviceError
-from colledge.parallel.wire import Wire
+from colledge.parallel.wire import Pace, Wire, slowest
 from colledge.parallel.world import World
 
 Reduction = Literal["sum", "max"]
@@ -62,10 +62,17 @@ class PendingReduce:
 class Group:
     """Some ranks that sum tensors together."""
 
-    def __init__(self, ranks: Sequence[int], process_group: dist.ProcessGroupGloo, wire: Wire) -> None:
+    def __init__(
+        self, ranks: Sequence[int], process_group: dist.ProcessGroupGloo, wire: Wire, route: Pace | None
+    ) -> None:
         self.ranks = tuple(ranks)
         self.wire = wire
         self._process_group = process_group
+        self._route = route
+
+    def expected_s(self, num_bytes: int) -> float | None:
+        """Return what an all-reduce takes on the slowest measured route of the group; None if none was measured."""
+        return None if self._route is None else self._route.all_reduce_s(num_bytes, len(self.ranks))
 
     def begin_all_reduce(self, tensor: Tensor, how: Reduction = "sum") -> PendingReduce:
         """Begin to reduce a contiguous tensor in place over the group; do not touch it before it was waited for."""
@@ -94,8 +101,13 @@ class GroupFactory:
         self._world = world
         self._made: dict[tuple[int, ...], dist.ProcessGroupGloo] = {}
 
-    def group(self, ranks: Sequence[int]) -> Group | None:
-        """Return the group of these ranks, or None where it would have one member."""
+    def group(self, ranks: Sequence[int], routes: Mapping[int, Pace] | None = None) -> Group | None:
+        """Return the group of these ranks, or None where it would have one member.
+
+        Args:
+            ranks: The members, this rank among them.
+            routes: Measured routes from other ranks to this one.
+        """
         key = tuple(sorted(ranks))
         if len(key) == 1:
             return None
@@ -110,4 +122,5 @@ class GroupFactory:
                 len(key),
                 timedelta(seconds=wire.timeout_s),
             )
-        return Group(key, self._made[key], wire)
+        known = [route for rank, route in (routes or {}).items() if rank in key]
+        return Group(key, self._made[key], wire, slowest(known))

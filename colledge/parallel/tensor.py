@@ -42,7 +42,7 @@ class ShardGroupOps:
     def _reduce(self, x: Tensor, how: Reduction) -> Tensor:
         self._clock.end_compute()
         blocked_s = self._group.all_reduce(x, "a tensor-parallel all-reduce", how)
-        self._clock.waited(blocked_s, None)
+        self._clock.waited(blocked_s, self._group.expected_s(x.nbytes))
         self._clock.begin_compute()
         return x
 

@@ -33,6 +33,7 @@ COORDINATOR_RANK = 0
 RECORD_TAG = 1
 _MAGIC = 0x636F6C6C65646765  # "colledge" in ASCII
 _MAX_JSON_BYTES = 64 * 1024**2
+_MAX_BYTES = 64 * 1024**3
 _FIXED_BYTES = 3 * 8
 _INLINE_BYTES = 2048
 _DTYPES = {
@@ -51,7 +52,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Pace:
-    """A link to rehearse: what one message waits (`latency_s`) and how fast bytes leave."""
+    """A link, measured or to rehearse: what one message waits (`latency_s`) and how fast bytes leave."""
 
     latency_s: float
     bandwidth_bytes_per_s: float | None
@@ -64,6 +65,14 @@ class Pace:
         """Return the seconds of a ring all-reduce of `num_bytes` over links like this one."""
         rounds = 2 * (num_ranks - 1)
         return rounds * self.latency_s + rounds / num_ranks * self.transfer_s(num_bytes)
+
+
+def slowest(paces: Sequence[Pace]) -> Pace | None:
+    """Return a link as slow as the slowest of some, in latency and in bandwidth; None for none."""
+    if not paces:
+        return None
+    bandwidths = [p.bandwidth_bytes_per_s for p in paces if p.bandwidth_bytes_per_s]
+    return Pace(max(p.latency_s for p in paces), min(bandwidths, default=None))
 
 
 class Transfer:
@@ -168,11 +177,7 @@ class Wire:
 
     def slowest_pace(self, peers: Sequence[int]) -> Pace | None:
         """Return a link as slow as the slowest rehearsed one to these ranks, or None."""
-        paces = [self._paces[peer] for peer in peers if peer in self._paces]
-        if not paces:
-            return None
-        bandwidths = [p.bandwidth_bytes_per_s for p in paces if p.bandwidth_bytes_per_s]
-        return Pace(max(p.latency_s for p in paces), min(bandwidths, default=None))
+        return slowest([self._paces[peer] for peer in peers if peer in self._paces])
 
     def send(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
         """Begin to send a contiguous CPU tensor, which must stay as it is until the transfer was waited for."""
@@ -226,7 +231,7 @@ class Wire:
         """
         header.wait(action, timeout_s)
         magic, json_bytes, payload_bytes = header.tensor[:_FIXED_BYTES].view(torch.int64).tolist()
-        if magic != _MAGIC or not 0 < json_bytes <= _MAX_JSON_BYTES or payload_bytes < 0:
+        if magic != _MAGIC or not 0 < json_bytes <= _MAX_JSON_BYTES or not 0 <= payload_bytes <= _MAX_BYTES:
             raise DeviceError(
                 f"{self.names[peer]} sent something that is no colledge message.",
                 fix="run the same version of colledge on every device.",

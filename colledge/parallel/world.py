@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from colledge.errors import LaunchError
+from colledge.errors import ConfigError, LaunchError
 from colledge.parallel.wire import COORDINATOR_RANK, Wire
 
 DEFAULT_TIMEOUT_S = 300.0
@@ -30,7 +30,16 @@ class World:
 
 def timeout_from_environment() -> float:
     """Return the deadline of waits in seconds: COLLEDGE_TIMEOUT_S, or five minutes."""
-    return float(os.environ.get("COLLEDGE_TIMEOUT_S", DEFAULT_TIMEOUT_S))
+    text = os.environ.get("COLLEDGE_TIMEOUT_S", str(DEFAULT_TIMEOUT_S))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(
+            f"COLLEDGE_TIMEOUT_S is {text!r}, wanted a number of seconds above 0.", fix="unset it."
+        )
+    return seconds
 
 
 def _choose_interface(address: str) -> None:

@@ -12,7 +12,7 @@ from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import plan_schedule
 from colledge.units import format_bytes
 
-_BUFFERS_EACH_WAY = 2
+_BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,9 @@ class MemoryModel:
             activations = load.in_flight * span.input_bytes * load.samples + saved
         else:
             activations = load.in_flight * saved
-        wire = 2 * _BUFFERS_EACH_WAY * (span.input_bytes + span.output_bytes) * load.samples
+        receives_and_gradients_sent = 2 * _BUFFERS_EACH_WAY * span.input_bytes
+        gradients_received_and_sends = (_BUFFERS_EACH_WAY + load.in_flight) * span.output_bytes
+        wire = (receives_and_gradients_sent + gradients_received_and_sends) * load.samples
         return MemoryParts(
             parameters_bytes=fraction * span.parameters[0] + span.parameters[1],
             gradients_bytes=trainable,

@@ -237,12 +237,14 @@ def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
     workers = [p for p in victims if "torchrun" not in " ".join(p.cmdline())]
     assert len(workers) == 2
     began_s = time.monotonic()
-    workers[-1].kill()
+    victim = workers[-1]
+    device = ("desk", "pi")[int(victim.environ()["RANK"]) - 1]
+    victim.kill()
     _, stderr = process.communicate(timeout=60)
     assert time.monotonic() - began_s < 30
     assert process.returncode not in (0, None)
     assert len(stderr.strip().splitlines()) == 1, stderr
-    assert "device" in stderr
+    assert f"device '{device}'" in stderr
     assert "Fix:" in stderr
     assert not processes_of(folder)
 

@@ -140,10 +140,9 @@ class Outcome:
         )
         tensors = [(self.weights[name], other.weights[name]) for name in self.weights]
         tensors.append((self.logits, other.logits))
-        return max(
-            *(abs(a - b) / abs(b) for a, b in numbers),
-            *(float((a - b).abs().max() / b.abs().max()) for a, b in tensors),
-        )
+        differences = [abs(a - b) / abs(b) for a, b in numbers]
+        differences += [float((a - b).abs().max() / b.abs().max()) for a, b in tensors]
+        return float(torch.tensor(differences, dtype=torch.float64).max())  # unlike max(), NaN if one is NaN
 
 
 def _start_weights(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
