@@ -163,7 +163,7 @@ def tensor_peer(rank: int) -> Callable[[Tensor], float]:
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
     sharded = [p for p in model.parameters() if type(p) is not nn.Parameter or hasattr(p, "placements")]
     plain = [p for p in model.parameters() if not any(p is q for q in sharded)]
-    optimizers = [torch.optim.AdamW(ps, lr=LEARNING_RATE, weight_decay=0.0) for ps in (sharded, plain) if ps]
+    optimizers = [adamw(iter(ps)) for ps in (sharded, plain) if ps]
 
     def step(ids: Tensor) -> float:
         for optimizer in optimizers:

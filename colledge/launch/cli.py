@@ -31,10 +31,10 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     from colledge.report.tables import make_console
 
-    return make_console()
+    return make_console(stderr)
 
 
 @app.command()
@@ -128,7 +128,7 @@ def train(
 
     if resume not in (None, "auto"):
         raise ConfigError(f"--resume {resume!r} is not known.", fix="use --resume auto.")
-    console = _console()
+    console = _console(stderr=print_commands)  # standard output is for the lines alone
     inputs = run.read_inputs(run_file, overrides or [])
     if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):
         run.profile(inputs, console)

@@ -16,10 +16,12 @@ from colledge.units import format_bytes, format_joules, format_seconds
 _BAR_WIDTH = 20
 
 
-def make_console() -> Console:
-    """Return a console on standard output: as wide as the terminal, or wide and plain elsewhere."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=200, no_color=True)
+def make_console(stderr: bool = False) -> Console:
+    """Return a console: colours and boxes on a terminal, wide plain lines elsewhere."""
+    console = Console(highlight=False, stderr=stderr)
+    return (
+        console if console.is_terminal else Console(highlight=False, width=200, no_color=True, stderr=stderr)
+    )
 
 
 def family_table(
