@@ -77,10 +77,14 @@ def parse_record(
     try:
         return record.model_validate(value)
     except ValidationError as fault:
-        keys = ", ".join(info.alias or name for name, info in record.model_fields.items())
-        raise error(
-            f"{source}: {describe_validation_error(fault)}", fix=f"the top-level keys are {keys}."
-        ) from None
+        raise error(f"{source}: {describe_validation_error(fault)}", fix=_fix_for(record, fault)) from None
+
+
+def _fix_for(record: type[Record], error: ValidationError) -> str:
+    keys = ", ".join(info.alias or name for name, info in record.model_fields.items())
+    if error.errors()[0]["type"] in ("extra_forbidden", "missing"):
+        return f"the top-level keys are {keys}."
+    return "change that value; `colledge config schema` prints what each file may hold."
 
 
 def _read_text(path: Path, error: type[ConfigError]) -> str:
@@ -102,7 +106,7 @@ def read_json(record: type[RecordT], path: Path, error: type[ConfigError] = Conf
     """
     try:
         value = json.loads(_read_text(path, error))
-    except (json.JSONDecodeError, RecursionError) as fault:
+    except (ValueError, RecursionError) as fault:
         raise error(f"{path}: not JSON ({fault}).", fix="mend or regenerate the file.") from None
     return parse_record(record, value, str(path), error)
 

@@ -82,7 +82,7 @@ def _json_lines(path: Path, content: bytes) -> Iterator[str]:
             continue
         try:
             value = json.loads(_decode(path, raw, line))
-        except (json.JSONDecodeError, RecursionError) as fault:
+        except (ValueError, RecursionError) as fault:
             raise DataError(
                 f"{path}, line {line}: not JSON ({fault}).", fix='write one {"text": ...} a line.'
             ) from None

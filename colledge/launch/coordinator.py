@@ -19,13 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from colledge.data import rows_for_step
 from colledge.errors import ColledgeError, LaunchError
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Failure, Job, OutputFolder
+from colledge.launch.rendezvous import LAUNCHER_VARIABLE
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel import Emulation, Engine, EngineSettings, Message, RouteEstimate, StepRecord, World
 from colledge.parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -44,15 +47,21 @@ _DEADLINE_STEPS = (
 
 
 class StopRequest:
-    """Whether a signal has asked this process to end after the step under way."""
+    """Whether a signal has asked this process to end after the step under way, or its launcher is gone."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self._signalled = False
+        self._launcher = int(os.environ.get(LAUNCHER_VARIABLE, "0"))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+        self._signalled = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether to end. A run started by hand has no launcher to lose."""
+        return self._signalled or (self._launcher != 0 and not psutil.pid_exists(self._launcher))
 
 
 def run_job(job: Job, world: World, stop: StopRequest) -> None:
@@ -292,6 +301,12 @@ def _failure(fault: Exception) -> Failure:
         print(f"error: {fault}", file=sys.stderr, flush=True)
         return Failure(message=fault.message, fix=fault.fix, exit_code=fault.exit_code)
     traceback.print_exception(fault)
+    if isinstance(fault, OSError | SafetensorError):
+        return Failure(
+            message=f"a file could not be read or written ({fault}).",
+            fix="make room on that disk.",
+            exit_code=2,
+        )
     return Failure(
         message=f"the coordinator failed: {type(fault).__name__}: {fault}",
         fix="read the coordinator's log; this may be a fault of colledge.",

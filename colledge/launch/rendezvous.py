@@ -33,6 +33,7 @@ from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
 from colledge.report import read_metrics
 
+LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
 _EXIT_GRACE_S = 15.0  # for torchrun's agents to end after the coordinator did
@@ -209,7 +210,7 @@ class Supervisor:
                 self._processes.append(
                     subprocess.Popen(
                         agent.command,
-                        env={**os.environ, **agent.environment},
+                        env={**os.environ, **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
@@ -279,7 +280,8 @@ class Supervisor:
             lines = self._folder.log(name).read_text(errors="replace").strip().splitlines()
         except OSError:
             return ""
-        telling = [line for line in lines if "Error" in line and "ChildFailed" not in line] or lines
+        words = [line for line in lines if any(character.isalpha() for character in line)]
+        telling = [line for line in words if "Error" in line and "ChildFailed" not in line] or words
         return telling[-1].strip()[:300] if telling else ""
 
     def _end_all(self) -> None:

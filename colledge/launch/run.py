@@ -206,6 +206,10 @@ def train(inputs: Inputs, chosen: Chosen, console: Console, resume: bool = False
     job = training_job(inputs, chosen.plan, resume)
     supervisor = Supervisor(job)
     chosen.write(folder)
+    if resume:
+        saved = find_checkpoint(inputs.run.output)
+        found = f"going on from {saved}" if saved is not None else "no checkpoint there: starting at step 1"
+        console.print(found, highlight=False)
     console.print(f"training {inputs.run.steps} steps under {chosen.plan.describe()}", highlight=False)
     with TrainingProgress(folder, inputs.run.steps, console) as progress:
         supervisor.run(progress)

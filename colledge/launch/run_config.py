@@ -39,7 +39,7 @@ class DataConfig(Record):
 class BatchConfig(Record):
     """Rows in one step, over all devices."""
 
-    global_size: int = Field(default=16, ge=1, strict=True)
+    global_size: int = Field(default=16, ge=1, le=1_000_000, strict=True)
 
 
 class RunConfig(Record):
@@ -129,6 +129,8 @@ class PoolConfig(Record):
         for id in ids:
             if ids.count(id) > 1:
                 raise ValueError(f"device {id!r} appears {ids.count(id)} times; ids must differ")
+        if "coordinator" in ids:
+            raise ValueError("no device can have the id 'coordinator'; that is the process that feeds them")
         return self
 
 

@@ -70,6 +70,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
     Raises:
         ConfigError: The checkpoint is damaged or of another model.
     """
+    if not (checkpoint / "state.json").is_file():
+        raise ConfigError(f"{checkpoint}: holds no state.json.", fix="delete this checkpoint.")
     state = read_json(CheckpointState, checkpoint / "state.json")
     if state.seed != seed:
         raise ConfigError(
@@ -86,6 +88,12 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
                 fix="delete this checkpoint to go on from the one before.",
             ) from None
         shapes = engine.model.layer_parameters(index)
+        missing = [key for key in shapes if key not in values and key not in engine.model.tied]
+        if missing:
+            raise ConfigError(
+                f"{path}: holds no {missing[0]!r}, which this model has.",
+                fix="resume with the model that the checkpoint was made from.",
+            )
         for key, tensor in values.items():
             if shapes.get(key.partition("@")[0]) != tuple(tensor.shape):
                 raise ConfigError(

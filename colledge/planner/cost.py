@@ -126,7 +126,7 @@ class PoolCosts:
             raise ConfigError(
                 f"no timings of layer kind {layer_kind!r} on device kind {kind!r} in power mode {mode!r} "
                 f"({there}).",
-                fix="measure it with `colledge profile`, or keep the device out with must_not_use.",
+                fix="measure it with `colledge profile`, or take the device out of the pool.",
             )
         return found
 

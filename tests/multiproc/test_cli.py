@@ -230,6 +230,30 @@ def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path) -> 
     assert losses == pytest.approx(wanted, rel=1e-9)
 
 
+def test_killed_launcher_stops_the_run_with_a_checkpoint(folder: Path) -> None:
+    process = start(folder, "--plan", "one.json", "steps=100000")
+    wait_for_steps(folder, 2, process)
+    process.kill()
+    process.communicate(timeout=30)
+    deadline_s = time.monotonic() + 60
+    while processes_of(folder) and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert not processes_of(folder)
+    assert list((folder / "out").glob("checkpoint-*/state.json"))
+
+
+def test_a_checkpoint_of_another_model_is_refused(folder: Path, template: Path) -> None:
+    small = colledge(folder, "train", "run.yaml", "--plan", "one.json", "steps=3", "checkpoint_every=2")
+    assert small.returncode == 0, small.stderr
+    make_model(
+        folder / "other", standard_library_source(60_000), vocabulary=310, hidden_size=32, num_blocks=3
+    )
+    result = colledge(
+        folder, "train", "run.yaml", "--plan", "one.json", "model=./other", "--resume", "auto", "steps=5"
+    )
+    assert_one_line(result, "model.embed_tokens.weight", "which this model has not")
+
+
 def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
     process = start(folder, "--plan", "pipeline.json", "steps=5000")
     wait_for_steps(folder, 2, process)
