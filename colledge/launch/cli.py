@@ -164,7 +164,7 @@ def report(
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the demo's files go.")] = Path("demo"),
-    steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 250,
+    steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 300,
 ) -> None:
     """Rehearse the whole run on this machine: three emulated devices fine-tune a small Llama on Python's source."""
     from colledge.launch.demo import run_demo

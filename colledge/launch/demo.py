@@ -24,22 +24,23 @@ _END = "<|end|>"
 _CORPUS_BYTES = 3_000_000
 
 _POOL = """\
-# One machine rehearses a pool: speeds 1, 1/2 and 1/4, joined by 300 Mbit/s.
+# One machine rehearses a pool: speeds 1, 1/2 and 1/4, joined by 1 Gbit/s. Each is at most half as fast as this
+# machine, so that two cores can play all three without getting into each other's way.
 devices:
-  - {id: desktop, threads: 1, memory: 2 GB, power: {idle_w: 12, compute_w: 45, communicate_w: 18},
-     emulate: {slowdown: 1, bandwidth: 300 Mbit/s, latency: 1 ms}}
+  - {id: desktop, threads: 1, memory: 2 GB, power: {idle_w: 15, compute_w: 60, communicate_w: 22},
+     emulate: {slowdown: 2, bandwidth: 1 Gbit/s, latency: 0.5 ms}}
   - {id: laptop, threads: 1, memory: 2 GB, power: {idle_w: 4, compute_w: 14, communicate_w: 6},
-     emulate: {slowdown: 2, bandwidth: 300 Mbit/s, latency: 1 ms}}
+     emulate: {slowdown: 4, bandwidth: 1 Gbit/s, latency: 0.5 ms}}
   - {id: pi, threads: 1, memory: 1 GB, power: {idle_w: 2.5, compute_w: 6.5, communicate_w: 3.5},
-     emulate: {slowdown: 4, bandwidth: 300 Mbit/s, latency: 1 ms}}
+     emulate: {slowdown: 8, bandwidth: 1 Gbit/s, latency: 0.5 ms}}
 """
 
 _RUN = """\
 model: model
 data: {{train: corpus.jsonl, sequence_length: 64}}
 method: full
-batch: {{global_size: 16}}
-optimizer: {{name: adamw, learning_rate: 1.5e-3, betas: [0.9, 0.95], gradient_clipping: 1.0}}
+batch: {{global_size: 8}}
+optimizer: {{name: adamw, learning_rate: 7.0e-4, betas: [0.9, 0.95], gradient_clipping: 1.0}}
 steps: {steps}
 precision: float32
 seed: 0
@@ -88,7 +89,7 @@ def standard_library_source(max_bytes: int) -> list[str]:
 def make_model(
     directory: Path, texts: list[str], vocabulary: int = 320, hidden_size: int = 256, num_blocks: int = 5
 ) -> None:
-    """Write a Llama with random weights (3.7 million by default) and a byte-level tokenizer trained on the texts."""
+    """Write a Llama with random weights (3.6 million by default) and a byte-level tokenizer trained on the texts."""
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(texts, vocab_size=vocabulary, special_tokens=[_END], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(

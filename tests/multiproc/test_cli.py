@@ -473,7 +473,7 @@ def test_demo_profiles_plans_trains_and_reports(tmp_path: Path) -> None:
         str(out / "model-profile.json"),
     ]
     planned = colledge(
-        tmp_path, "plan", *profiles, "--global-batch-size", "16", "--objective", "time", "--json"
+        tmp_path, "plan", *profiles, "--global-batch-size", "8", "--objective", "time", "--json"
     )
     answer = json.loads(planned.stdout)
     assert set(answer) >= {"plan", "families", "frontier", "bounds", "planning_s"}
