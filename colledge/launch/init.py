@@ -24,7 +24,7 @@ seed: 0                       # orders the data; never depends on the plan
 pool: pool.yaml
 objective: energy             # energy | time | energy-delay
 # deadline: 8h                # for the whole run; deadline_step: 2 s for one step
-# checkpoint_every: 50        # steps; without it only Ctrl-C and the end save
+# checkpoint_every: 50        # steps; without it only Ctrl-C saves one, the end saves the model
 output: out/
 """
 

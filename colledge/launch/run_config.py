@@ -46,7 +46,8 @@ class RunConfig(Record):
     """run.yaml: one training run.
 
     `model` is a local Hugging Face directory or a hub id. `deadline` is for the whole run, `deadline_step`
-    for one step. `checkpoint_every` counts steps; without it only the end is saved.
+    for one step. `checkpoint_every` counts steps; without it only a run
+    that is stopped saves one. The end saves the model.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")

@@ -11,17 +11,8 @@ from collections.abc import Mapping
 
 from colledge.plan import DeviceFigures, Plan, StepFigures
 from colledge.planner.memory import MemoryParts
-from colledge.profiles import PoolProfile, PowerMode
+from colledge.profiles import PoolProfile
 from colledge.schedule import DeviceTimes, Timeline
-
-
-def device_joules(mode: PowerMode, step_s: float, times: DeviceTimes) -> float:
-    """Return the energy of one device over a step."""
-    return (
-        mode.idle_w * step_s
-        + (mode.compute_w - mode.idle_w) * times.compute_s
-        + (mode.communicate_w - mode.idle_w) * times.communicate_s
-    )
 
 
 def plan_joules(plan: Plan, pool: PoolProfile, timeline: Timeline) -> tuple[float, float]:
@@ -31,7 +22,8 @@ def plan_joules(plan: Plan, pool: PoolProfile, timeline: Timeline) -> tuple[floa
     for device in pool.devices:
         if device.id in modes:
             mode = device.mode(modes[device.id])
-            marginal += device_joules(mode, timeline.step_s, timeline.devices[device.id])
+            times = timeline.devices[device.id]
+            marginal += mode.joules(timeline.step_s, times.compute_s, times.communicate_s)
         else:
             idle += device.modes[0].idle_w * timeline.step_s
     return marginal + idle, marginal
@@ -46,11 +38,12 @@ def step_figures(
     devices = {}
     for device in pool.devices:
         times = timeline.devices.get(device.id, DeviceTimes(0.0, 0.0, timeline.step_s))
+        mode = device.mode(modes.get(device.id))
         devices[device.id] = DeviceFigures(
             compute_s=times.compute_s,
             communicate_s=times.communicate_s,
             idle_s=times.idle_s,
-            energy_joules=max(0.0, device_joules(device.mode(modes.get(device.id)), timeline.step_s, times)),
+            energy_joules=max(0.0, mode.joules(timeline.step_s, times.compute_s, times.communicate_s)),
             peak_memory_bytes=memory[device.id].total_bytes if device.id in memory else None,
         )
     return StepFigures(

@@ -36,7 +36,7 @@ def profiles(workers: Workers) -> Profiles:
     devices = [
         DeviceConfig(id="d0", threads=1, memory="3 GB"),
         DeviceConfig(
-            id="d1", threads=1, emulate=Emulation(slowdown=12, bandwidth="200 Mbit/s", latency="2 ms")
+            id="d1", threads=1, emulate=Emulation(slowdown=3, bandwidth="200 Mbit/s", latency="2 ms")
         ),
     ]
     lines: list[str] = []
@@ -68,8 +68,9 @@ def test_an_emulated_device_is_measured_as_slow_as_it_pretends(profiles: Profile
         for kind, *key in rows
         if kind == fast and key[0] != "embedding"
     ]
-    assert slow == f"{fast}-x12"
-    assert median(ratios) > 4  # 12, but for what else the machine does while one of the two is measured
+    assert slow == f"{fast}-x3"
+    assert median(ratios) > 2.0
+    assert min(ratios) < 4.5  # of the quietest row: what else the machine does only lengthens a slow one
 
 
 def test_every_kind_of_layer_is_timed_at_every_count_and_part(profiles: Profiles) -> None:
