@@ -40,17 +40,29 @@ class PlanBounds(Record):
     energy_joules_per_step: float = Field(ge=0)
 
 
+class Baseline(Record):
+    """What a simpler planner would do, re-implemented here; `plan` is None where it has none, and `why_not` says why.
+
+    The plan carries its prediction, by the same simulator as every other plan.
+    """
+
+    name: str
+    plan: Plan | None = None
+    why_not: str = ""
+
+
 class PlanningResult(Record):
     """The planner's answer; every plan in it carries its prediction.
 
     `families` has the best plan of each kind of parallelism that fits; `frontier` the plans, among those
-    simulated, that nothing simulated beats in both time and energy, fastest first; `reasons` says in words why
-    `best` won.
+    simulated, that nothing simulated beats in both time and energy, fastest first; `baselines` what other
+    planners would do; `reasons` says in words why `best` won.
     """
 
     best: Plan
     families: dict[str, Plan]
     frontier: tuple[Plan, ...]
     bounds: PlanBounds
+    baselines: tuple[Baseline, ...] = ()
     reasons: tuple[str, ...]
     planning_s: float = Field(ge=0)

@@ -14,13 +14,19 @@ Source = Literal["measured", "declared", "catalog", "modelled"]
 
 
 class PowerMode(Record):
-    """What a device draws in one power mode, in watts; `source` says where the figures come from."""
+    """What a device draws in one power mode, in watts; `source` says where the figures come from.
+
+    `achieved_flops_per_s` and `memory_bytes_per_s` are what training reaches in this mode, not the peak; they
+    time a device kind for which the model profile has no timings.
+    """
 
     name: str = Field(min_length=1)
     idle_w: float = Field(ge=0)
     compute_w: float = Field(ge=0)
     communicate_w: float = Field(ge=0)
     source: Source
+    achieved_flops_per_s: float | None = Field(default=None, gt=0)
+    memory_bytes_per_s: float | None = Field(default=None, gt=0)
 
     def joules(self, step_s: float, compute_s: float, communicate_s: float) -> float:
         """Return the energy of a step: idle all through, more while it computes or communicates."""

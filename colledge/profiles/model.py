@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from colledge.profiles.device import Source
 from colledge.records import Record
 
 
@@ -61,13 +62,19 @@ class Timing(Record):
 
 
 class ModelProfile(Record):
-    """model-profile.json: the layers in model order and the timings (measured, or analytic)."""
+    """model-profile.json: the layers in model order and the timings.
+
+    `provenance` says where the layers' bytes and FLOPs come from: counted on a real device (`measured`), or
+    from the configuration alone (`modelled`). Timings are always measured; a device kind without any is timed
+    from FLOPs and the rates of its power mode.
+    """
 
     schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
     name: str
     sequence_length: int = Field(ge=1)
     layers: tuple[LayerProfile, ...] = Field(min_length=1)
     timings: tuple[Timing, ...] = ()
+    provenance: Source = "measured"
 
     @model_validator(mode="after")
     def _check(self) -> ModelProfile:
