@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,10 @@ class Record(BaseModel):
 
 RecordT = TypeVar("RecordT", bound=Record)
 
+# Beyond these no file holds a quantity, and products of a few numbers stay finite between them.
+_SMALLEST, _LARGEST = 1e-30, 1e20
+_MOST_SHOWN = 60
+
 
 def describe_validation_error(error: ValidationError) -> str:
     """Return the first fault of a validation as one line: where, what was seen, what was wanted."""
@@ -52,10 +56,44 @@ def describe_validation_error(error: ValidationError) -> str:
         case _:
             message = fault["msg"].removeprefix("Value error, ")
             seen = fault.get("input")
-            shown = f" (saw {seen!r})" if isinstance(seen, str | int | float | bool | None) else ""
+            shown = f" (saw {_shortened(seen)})" if isinstance(seen, str | int | float | bool | None) else ""
             text = f"{where}: {message}{shown}" if where else message
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{text}{more}."
+
+
+def _shortened(seen: object) -> str:
+    try:
+        text = repr(seen)
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
+
+
+def _find_absurd(value: object) -> tuple[str, object] | None:
+    """Return where a record, or what it holds, has a number that no quantity has, and the number."""
+    children: Iterable[tuple[object, object]]
+    if isinstance(value, Record):
+        children = value.__dict__.items()
+    elif isinstance(value, Mapping):
+        children = value.items()
+    elif isinstance(value, tuple | list):
+        children = enumerate(value)
+    else:
+        return None
+    for key, child in children:
+        kind = type(child)
+        found: tuple[str, object] | None = None
+        if kind is float or kind is int:
+            if child and not _SMALLEST <= abs(child) <= _LARGEST:  # type: ignore[arg-type]
+                found = "", child
+        elif kind is not str and kind is not bool and child is not None:
+            found = _find_absurd(child)
+        if found is not None:
+            field = type(value).model_fields.get(str(key)) if isinstance(value, Record) else None
+            name = field.alias if field is not None and field.alias else key
+            return (f"[{name}]" if isinstance(name, int) else f".{name}") + found[0], found[1]
+    return None
 
 
 def parse_record(
@@ -70,20 +108,35 @@ def parse_record(
         error: The class of error to raise.
 
     Raises:
-        ConfigError: Unknown, missing or malformed keys; the message names the first of them.
+        ConfigError: Unknown, missing or malformed keys, or numbers that no quantity has; the message names the first.
     """
     if not isinstance(value, Mapping):
-        raise error(f"{source}: saw {type(value).__name__}, wanted a mapping of keys to values.")
+        raise error(
+            f"{source}: saw {type(value).__name__}, wanted a mapping of keys to values.",
+            fix=f"give {', '.join(_keys_of(record))} as keys.",
+        )
     try:
-        return record.model_validate(value)
+        parsed = record.model_validate(value)
     except ValidationError as fault:
         raise error(f"{source}: {describe_validation_error(fault)}", fix=_fix_for(record, fault)) from None
+    absurd = _find_absurd(parsed)
+    if absurd is not None:
+        where, seen = absurd
+        raise error(
+            f"{source}: {where.lstrip('.')} is {_shortened(seen)}, wanted 0 or a size between {_SMALLEST:g} and "
+            f"{_LARGEST:g}.",
+            fix="check the unit of that value.",
+        )
+    return parsed
+
+
+def _keys_of(record: type[Record]) -> list[str]:
+    return [info.alias or name for name, info in record.model_fields.items()]
 
 
 def _fix_for(record: type[Record], error: ValidationError) -> str:
-    keys = ", ".join(info.alias or name for name, info in record.model_fields.items())
     if error.errors()[0]["type"] in ("extra_forbidden", "missing"):
-        return f"the top-level keys are {keys}."
+        return f"the top-level keys are {', '.join(_keys_of(record))}."
     return "change that value; `colledge config schema` prints what each file may hold."
 
 
@@ -119,11 +172,14 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         value = yaml.safe_load(_read_text(path, ConfigError))
-    except (yaml.YAMLError, RecursionError) as fault:
+    except (yaml.YAMLError, RecursionError, ValueError) as fault:  # ValueError: such as the date 2001-99-99
         line = " ".join(str(fault).split())
         raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: saw {type(value).__name__}, wanted a mapping of keys to values.")
+        raise ConfigError(
+            f"{path}: saw {type(value).__name__}, wanted a mapping of keys to values.",
+            fix="write lines such as `key: value`.",
+        )
     return value
 
 

@@ -6,6 +6,7 @@ people read have other units.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated
 
@@ -24,6 +25,9 @@ for _power, _prefix in enumerate("kMGT", start=1):
     _BYTES_PER_S[f"{_prefix}B/s"] = 1000.0**_power
     _BYTES_PER_S[f"{_prefix}bit/s"] = 1000.0**_power / 8
 
+_PRICE_PER_KWH = {"": 1.0, "/kWh": 1.0, "/MWh": 1e-3}
+_GRAMS_PER_KWH = {"": 1.0, "g/kWh": 1.0, "kg/kWh": 1e3, "kg/MWh": 1.0, "g/MWh": 1e-3, "t/MWh": 1e3}
+
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -31,12 +35,22 @@ def _parse(value: object, table: dict[str, float] | dict[str, int], what: str, e
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"{what} must be a number or a text such as {example!r}")
     if isinstance(value, int | float):
-        return float(value)
+        return _finite(value)
     match = _NUMBER.match(value)
     if match is None or match.group(2) not in table:
         units = ", ".join(unit for unit in table if unit)
         raise ValueError(f"{value!r} is not {what}; write a number and one of {units}, such as {example!r}")
-    return float(match.group(1)) * table[match.group(2)]
+    return _finite(float(match.group(1)) * table[match.group(2)])
+
+
+def _finite(value: float) -> float:
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("the number is infinite, no number, or too large")
+    return number
 
 
 def parse_bytes(value: object) -> int:
@@ -64,6 +78,24 @@ def parse_seconds(value: object) -> float:
         ValueError: The text is not a duration.
     """
     return _parse(value, _SECONDS, "a duration", "2 ms")
+
+
+def parse_price_per_kwh(value: object) -> float:
+    """Return money a kilowatt-hour, in whatever currency, from `0.30/kWh`, `300/MWh` or a plain number.
+
+    Raises:
+        ValueError: The text is not a price.
+    """
+    return _parse(value, _PRICE_PER_KWH, "a price of electricity", "0.30/kWh")
+
+
+def parse_grams_per_kwh(value: object) -> float:
+    """Return grams of CO2 a kilowatt-hour from `350g/kWh`, `0.35 kg/kWh` or a plain number of grams.
+
+    Raises:
+        ValueError: The text is not a carbon intensity.
+    """
+    return _parse(value, _GRAMS_PER_KWH, "a carbon intensity", "350g/kWh")
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The formats of the files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+catalog_app = typer.Typer(
+    help="Devices that can be planned with before they are bought.", no_args_is_help=True
+)
+app.add_typer(catalog_app, name="catalog")
 
 RunFile = Annotated[Path, typer.Argument(help="run.yaml: model, data, batch, steps, pool.")]
 Overrides = Annotated[
@@ -50,14 +55,44 @@ def init(
 
 @app.command()
 def profile(
-    run_file: RunFile,
+    run_file: Annotated[
+        Path | None, typer.Argument(help="run.yaml; or give --model and --analytic.", show_default=False)
+    ] = None,
     overrides: Overrides = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="Where the profiles go; default: the run's output."),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="A model's directory or hub id.")] = None,
+    analytic: Annotated[
+        bool, typer.Option("--analytic", help="Model the layers from config.json alone; measure nothing.")
+    ] = False,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.", min=2)] = 512,
+    precision: Annotated[str, typer.Option(help="float32, float64 or bfloat16.")] = "float32",
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train low-rank adapters of this rank alone.", min=1)
+    ] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(help="Linears with adapters; default: q_proj,v_proj or what holds them.")
+    ] = None,
 ) -> None:
-    """Measure the devices, their links and the model's layers on them."""
+    """Measure the devices, their links and the model's layers on them; or model the layers from a configuration."""
+    if run_file is None or model is not None or analytic:
+        from colledge.launch import modelling
+
+        if run_file is not None or model is None or not analytic or output is None:
+            raise ConfigError(
+                "saw neither a run.yaml alone nor a model to profile without devices.",
+                fix="give run.yaml, or --model, --analytic and -o together.",
+            )
+        request = modelling.AnalyticRequest.of(
+            sequence_length=sequence_length,
+            precision=precision,
+            lora_rank=lora_rank,
+            lora_targets=lora_targets,
+        )
+        typer.echo(f"wrote {modelling.write_model_profile(model, request, output)}")
+        return
     from colledge.launch import run
 
     extra = [f"output={output.resolve()}"] if output is not None else []
@@ -78,33 +113,80 @@ def plan(
     objective: Annotated[
         str | None, typer.Option(help="energy (default), time or energy-delay.", show_default=False)
     ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for plan.json.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for plan.json, plan.html and plan.md.")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(help="What if this device were not there; repeatable.")
+    ] = None,
+    with_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", help="What if there were more, such as catalog:jetson-orin-nano:2; repeatable."
+        ),
+    ] = None,
+    bandwidth: Annotated[
+        list[str] | None,
+        typer.Option(help="What if a segment or link were, such as 'wifi=50 Mbit/s', 'a->b=1 Gbit/s'."),
+    ] = None,
+    deadline: Annotated[str | None, typer.Option(help="For the whole run, such as 8h.")] = None,
+    deadline_step: Annotated[str | None, typer.Option(help="For one step, such as 2s.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run.", min=1)] = None,
+    electricity: Annotated[str | None, typer.Option(help="Its price, such as 0.30/kWh.")] = None,
+    carbon: Annotated[str | None, typer.Option(help="Its CO2, such as 350g/kWh.")] = None,
+    advise: Annotated[
+        bool, typer.Option("--advise", help="Say which single change of the pool helps most.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Choose how to split the model: the least energy (or time) that the measurements allow."""
-    from colledge.launch import planning
-    from colledge.launch.job import OutputFolder
+    """Choose how to split the model: the least energy (or time) that the measurements allow.
 
-    folder: OutputFolder | None
+    What-if options plan for a pool or a deadline that is not in the files; of a run's folder they leave all as it is.
+    """
+    from colledge.launch import planning
+    from colledge.launch.whatif import WhatIf, apply_what_if
+
     if run_file is not None and (pool_profile or model_profile or global_batch_size or objective or output):
         raise ConfigError(
             "saw run.yaml and options that belong to profiles.",
             fix="change run.yaml's keys, such as objective=time, or give both profiles and no run.yaml.",
         )
     if run_file is not None:
-        pool, model, request, folder = planning.from_run(run_file, overrides or [])
+        inputs = planning.from_run(run_file, overrides or [])
     else:
-        pool, model, request = planning.from_profiles(
-            pool_profile, model_profile, global_batch_size, objective or "energy"
+        inputs = planning.from_profiles(
+            pool_profile, model_profile, global_batch_size, objective or "energy", output
         )
-        folder = OutputFolder(output) if output is not None else None
-    result = planning.plan(pool, model, request, folder)
-    if as_json:
-        typer.echo(planning.to_json(result))
+    supposed = WhatIf(
+        without=without or (),
+        added=with_ or (),
+        bandwidths=bandwidth or (),
+        deadline=deadline,
+        deadline_step=deadline_step,
+        steps=steps,
+        electricity=electricity,
+        carbon=carbon,
+    )
+    inputs = apply_what_if(inputs, supposed)
+    if advise:
+        from colledge.launch.advice import give_advice, show_advice
+
+        with _console(stderr=True).status("planning one change of the pool after the other"):
+            advice = give_advice(inputs)
+        if as_json:
+            typer.echo(advice.to_json())
+        else:
+            show_advice(advice, _console())
         return
-    planning.show(result, pool, model, _console())
-    if folder is not None:
-        typer.echo(f"wrote {folder.plan}")
+    if run_file is not None and supposed.supposes:
+        inputs = replace(inputs, folder=None)
+    result = planning.plan(inputs)
+    if as_json:
+        typer.echo(planning.to_json(result, inputs))
+        return
+    planning.show(planning.make_report(result, inputs), _console())
+    if inputs.folder is not None:
+        typer.echo(f"wrote {inputs.folder.plan}; the whole report is {inputs.folder.plan_html}")
 
 
 @app.command()
@@ -178,6 +260,34 @@ def schema(name: Annotated[str, typer.Argument(help="run, pool, plan, report, ..
     from colledge.launch.run_config import schema_text
 
     typer.echo(schema_text(name))
+
+
+@catalog_app.command("list")
+def catalog_list(as_json: AsJson = False) -> None:
+    """List the devices, and how many of their figures are estimates."""
+    from colledge.launch import catalog
+    from colledge.profiles.catalog import read_catalog
+
+    devices = read_catalog().values()
+    if as_json:
+        typer.echo(catalog.devices_to_json(devices))
+    else:
+        catalog.show_devices(devices, _console())
+
+
+@catalog_app.command("show")
+def catalog_show(
+    kind: Annotated[str, typer.Argument(help="Such as jetson-orin-nano.")], as_json: AsJson = False
+) -> None:
+    """Print every figure of a device with its source."""
+    from colledge.launch import catalog
+    from colledge.profiles.catalog import catalog_device
+
+    device = catalog_device(kind)
+    if as_json:
+        typer.echo(catalog.device_to_json(device))
+    else:
+        catalog.show_device(device, _console())
 
 
 def _version(value: bool) -> None:

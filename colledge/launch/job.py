@@ -4,6 +4,7 @@ out/
   job.json                                   what the coordinator is to do
   pool-profile.json  model-profile.json      measured
   plan.json  planning.json                   decided; why
+  plan.html  plan.md                         the same for people
   metrics.jsonl  checkpoint-<step>/  model/  happened
   report.json  report.html                   compared
   logs/<device>.log  error.json              what went wrong
@@ -98,6 +99,16 @@ class OutputFolder:
     def planning(self) -> Path:
         """The planner's whole answer: families, frontier, bounds, reasons."""
         return self.path / "planning.json"
+
+    @property
+    def plan_html(self) -> Path:
+        """The plan and why, for people."""
+        return self.path / "plan.html"
+
+    @property
+    def plan_markdown(self) -> Path:
+        """The plan and why, as text."""
+        return self.path / "plan.md"
 
     @property
     def metrics(self) -> Path:

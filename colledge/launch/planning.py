@@ -1,26 +1,61 @@
-"""`colledge plan`: from profiles, or a run's, to plan.json and words. Never imports torch."""
+"""`colledge plan`: from profiles, or a run's, to plan.json, words and a report. Never imports torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from colledge.errors import ConfigError
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import RunConfig, load_run
-from colledge.planner import PlanningRequest, PlanningResult, plan_training
+from colledge.planner import PlanningRequest, PlanningResult, PoolCosts, plan_memory, plan_training
+from colledge.planner.explain import goal, limit_sentences
+from colledge.planner.limits import find_limits
+from colledge.planner.sources import basis, estimates, figure_sources
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import parse_record, read_json, write_atomically
-from colledge.report import FamilyFigures
-from colledge.report.tables import family_table, plan_table
+from colledge.report import Bounds, FamilyFigures
+from colledge.report.charts import timeline_bars
+from colledge.report.markdown import plan_markdown
+from colledge.report.planning import (
+    BaselineFigures,
+    PlanReport,
+    RunningCosts,
+    SourceOf,
+    StepShares,
+    render_plan,
+    running_costs,
+)
+from colledge.report.tables import baseline_table, family_table, plan_table
+from colledge.schedule import simulate
+from colledge.units import format_joules, format_seconds
+
+_STEPS_WITHOUT_A_RUN = 1000
 
 
-def from_run(
-    path: Path, overrides: Sequence[str]
-) -> tuple[PoolProfile, ModelProfile, PlanningRequest, OutputFolder]:
+@dataclass(frozen=True)
+class PlanningInputs:
+    """What to plan from, where the answer goes, and the steps of the run where they are known.
+
+    `notes` says what was supposed of the pool; prices and grams are of a kilowatt-hour.
+    """
+
+    pool: PoolProfile
+    model: ModelProfile
+    request: PlanningRequest
+    folder: OutputFolder | None = None
+    steps: int | None = None
+    price_per_kwh: float | None = None
+    carbon_grams_per_kwh: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
     """Return what a run's output folder holds to plan with.
 
     Raises:
@@ -31,12 +66,16 @@ def from_run(
     profiles = read_profiles(folder)
     if profiles is None:
         raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `colledge profile {path}` first.")
-    return *profiles, request_of(run), folder
+    return PlanningInputs(*profiles, request_of(run), folder, run.steps)
 
 
 def from_profiles(
-    pool_path: Path | None, model_path: Path | None, global_batch_size: int | None, objective: str
-) -> tuple[PoolProfile, ModelProfile, PlanningRequest]:
+    pool_path: Path | None,
+    model_path: Path | None,
+    global_batch_size: int | None,
+    objective: str,
+    output: Path | None,
+) -> PlanningInputs:
     """Return profiles measured elsewhere and what to plan for.
 
     Raises:
@@ -49,18 +88,29 @@ def from_profiles(
         )
     values = {"global_batch_size": global_batch_size, "objective": objective}
     request = parse_record(PlanningRequest, values, "the command line")
-    return read_json(PoolProfile, pool_path), read_json(ModelProfile, model_path), request
+    return PlanningInputs(
+        read_json(PoolProfile, pool_path),
+        read_json(ModelProfile, model_path),
+        request,
+        OutputFolder(output) if output is not None else None,
+    )
 
 
-def plan(
-    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, folder: OutputFolder | None
-) -> PlanningResult:
-    """Plan from profiles; writes plan.json and planning.json where there is a folder."""
-    result = plan_training(pool, model, request)
-    if folder is not None:
-        write_atomically(folder.plan, result.best.to_json())
-        write_atomically(folder.planning, result.to_json())
+def plan(inputs: PlanningInputs) -> PlanningResult:
+    """Plan from profiles; writes the plan and its reports where there is a folder."""
+    result = plan_training(inputs.pool, inputs.model, inputs.request)
+    if inputs.folder is not None:
+        write(result, inputs, inputs.folder)
     return result
+
+
+def write(result: PlanningResult, inputs: PlanningInputs, folder: OutputFolder) -> None:
+    """Write plan.json, planning.json, plan.html and plan.md."""
+    report = make_report(result, inputs)
+    write_atomically(folder.plan, result.best.to_json())
+    write_atomically(folder.planning, result.to_json())
+    write_atomically(folder.plan_html, render_plan(report))
+    write_atomically(folder.plan_markdown, plan_markdown(report))
 
 
 def request_of(run: RunConfig) -> PlanningRequest:
@@ -80,27 +130,131 @@ def read_profiles(folder: OutputFolder) -> tuple[PoolProfile, ModelProfile] | No
     return read_json(PoolProfile, folder.pool_profile), read_json(ModelProfile, folder.model_profile)
 
 
-def to_json(result: PlanningResult) -> str:
-    """Return the planner's answer for programs: plan, families, frontier, bounds, reasons, planning_s."""
+def to_json(result: PlanningResult, inputs: PlanningInputs) -> str:
+    """Return the planner's answer for programs: plan, families, frontier, bounds, baselines, reasons, planning_s.
+
+    Where steps or rates are known there are running_costs too, and notes on what was supposed of the pool.
+    """
     values = json.loads(result.to_json())
     values["plan"] = values.pop("best")
+    chosen = FamilyFigures.of(result.best, marginal=inputs.request.accounting == "marginal")
+    running = _running(chosen.energy_joules_per_step, inputs)
+    if running is not None:
+        values["running_costs"] = {
+            name: value for name, value in asdict(running).items() if value is not None
+        }
+    if inputs.notes:
+        values["notes"] = list(inputs.notes)
     return json.dumps(values, indent=2)
 
 
-def show(result: PlanningResult, pool: PoolProfile, model: ModelProfile, console: Console) -> None:
-    """Print the family table, the plan and why."""
-    samples = result.best.global_batch_size
-    families = {name: FamilyFigures.of(family) for name, family in result.families.items()}
+def _running(joules_per_step: float, inputs: PlanningInputs) -> RunningCosts | None:
+    """Return what the whole run takes, or 1000 steps where only rates are known."""
+    rates = inputs.price_per_kwh, inputs.carbon_grams_per_kwh
+    if inputs.steps is None and rates == (None, None):
+        return None
+    return running_costs(joules_per_step, inputs.steps or _STEPS_WITHOUT_A_RUN, *rates)
+
+
+def make_report(result: PlanningResult, inputs: PlanningInputs) -> PlanReport:
+    """Return everything that is shown of a planner's answer."""
+    pool, model, request = inputs.pool, inputs.model, inputs.request
+    best, marginal, costs = result.best, request.accounting == "marginal", PoolCosts(pool, model)
+    limits = find_limits(best, costs, request.optimizer_state_factor)
+    warnings, limited = estimates(best, request, costs), limit_sentences(limits, best, pool)
+    sources = figure_sources(best, request, costs)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for figure in sources:
+        groups.setdefault((figure.what, figure.source), []).append(figure.name)
+    modes = {place.shard.device: place.shard.mode for place in best.places()}
+    chosen = FamilyFigures.of(best, marginal=marginal)
+    memory = plan_memory(best, pool, model, request.optimizer_state_factor)
+    return PlanReport(
+        model=model.name,
+        layer_names=tuple(layer.name for layer in model.layers),
+        plan=best,
+        goal=goal(request),
+        marginal=marginal,
+        tokens_per_step=best.global_batch_size * max(1, model.sequence_length - 1),
+        bounds=Bounds(**result.bounds.model_dump()),
+        families={name: FamilyFigures.of(p, marginal=marginal) for name, p in result.families.items()},
+        baselines=tuple(
+            BaselineFigures(
+                one.name, FamilyFigures.of(one.plan, marginal=marginal) if one.plan else None, one.why_not
+            )
+            for one in result.baselines
+        ),
+        frontier=tuple(FamilyFigures.of(p, marginal=marginal) for p in result.frontier),
+        shares=StepShares(
+            headline=" ".join(limited),
+            computing=limits.compute_share,
+            bubble=limits.bubble_share,
+            links=limits.link_share,
+            slowest_device=limits.slowest_device,
+        ),
+        boundary_bytes=tuple(
+            costs.boundary_bytes(stage.layers[1] - 1) * best.microbatch_size for stage in best.stages[:-1]
+        ),
+        memory={
+            device: {
+                name.removesuffix("_bytes").replace("_", " "): size for name, size in asdict(parts).items()
+            }
+            for device, parts in memory.items()
+        },
+        memory_bytes={device.id: device.memory_bytes for device in pool.devices},
+        power={device.id: device.mode(modes.get(device.id)) for device in pool.devices},
+        timeline=timeline_bars(best, simulate(best, costs, record=True)),
+        basis=basis(sources),
+        sources=tuple(SourceOf(what, names, source) for (what, source), names in groups.items()),
+        estimates=warnings,
+        reasons=(
+            *inputs.notes,
+            *(reason for reason in result.reasons if reason not in (*warnings, *limited)),
+        ),
+        planning_s=result.planning_s,
+        running=_running(chosen.energy_joules_per_step, inputs),
+    )
+
+
+def show(report: PlanReport, console: Console) -> None:
+    """Print the plan as a picture, what it is compared with, its bounds and why; before all that, what is estimated."""
+    if report.estimates:
+        console.print(Text("This plan rests on estimates:", style="yellow"))
+        _print_list(report.estimates, console)
+        console.print()
+    console.print(Text(f"The plan for {report.goal}; predictions are simulated from {report.basis}"))
+    console.print(plan_table(report.plan, report.memory_bytes, boundary_bytes=report.boundary_bytes))
+    console.print("The best plan of each family (* chosen)", markup=False)
     console.print(
         family_table(
-            families,
-            samples_per_step=samples,
-            tokens_per_step=samples * (model.sequence_length - 1),
-            chosen=result.best.family,
+            report.families,
+            samples_per_step=report.plan.global_batch_size,
+            tokens_per_step=report.tokens_per_step,
+            chosen=report.chosen.description,
         )
     )
-    figures = result.best.prediction
-    memory = {device.id: device.memory_bytes for device in pool.devices}
-    console.print(plan_table(result.best, memory, figures.devices if figures else None))
-    for reason in result.reasons:
-        console.print(f"- {reason}", highlight=False)
+    if report.baselines:
+        console.print("What simpler planners would do")
+        console.print(baseline_table(report))
+    console.print(Text(_bounds_text(report)))
+    if report.running is not None:
+        console.print(Text(f"{report.running.steps:,} steps take {report.running.text()} (modelled)"))
+    console.print(Text(report.shares.headline))
+    console.print()
+    _print_list(report.reasons, console)
+
+
+def _bounds_text(report: PlanReport) -> str:
+    time, energy = report.time_ratio, report.energy_ratio
+    parts = []
+    if time is not None and report.bounds.step_s is not None:
+        parts.append(f"T/LB-T {time:.2f} (no plan takes less than {format_seconds(report.bounds.step_s)})")
+    if energy is not None and report.bounds.energy_joules_per_step is not None:
+        least = format_joules(report.bounds.energy_joules_per_step)
+        parts.append(f"E/LB-E {energy:.2f} (no plan takes less than {least})")
+    return ", ".join(parts)
+
+
+def _print_list(lines: Sequence[str], console: Console) -> None:
+    for line in lines:
+        console.print(Text(f"- {line}"))

@@ -14,20 +14,22 @@ from rich.console import Console
 
 from colledge.data import TokenizedText
 from colledge.errors import ConfigError, PlanError
-from colledge.launch import planning
+from colledge.launch import modelling, planning
 from colledge.launch.inputs import find_model, load_data
 from colledge.launch.job import Job, OutputFolder
+from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.plan import Plan, read_plan
-from colledge.planner import PlanningResult, PoolCosts, check_memory, plan_training, predict
+from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import Bounds, FamilyFigures, Report, build_report, read_metrics
-from colledge.report.html import Bar, render, timeline_bars
+from colledge.report.charts import Bar, timeline_bars
+from colledge.report.html import render
 from colledge.report.tables import comparison_table
 from colledge.schedule import simulate
 from colledge.units import format_seconds
@@ -61,6 +63,11 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
     """
     run = load_run(path, overrides)
     pool = load_pool(run.pool)
+    if with_data and pool.is_catalog:
+        raise ConfigError(
+            f"{run.pool}: its devices are from the catalog, which is to plan with: there is nothing to train on.",
+            fix="list real devices in pool.yaml.",
+        )
     folder = find_model(run.model)
     model = HuggingFaceCausalLM.from_directory(folder)
     if with_data:
@@ -91,8 +98,15 @@ def check_data(data: TokenizedText, model: HuggingFaceCausalLM) -> None:
 
 
 def profile(inputs: Inputs, console: Console) -> None:
-    """Measure the pool and the model on it; writes pool-profile.json and model-profile.json."""
+    """Measure the pool and the model on it; writes pool-profile.json and model-profile.json.
+
+    Of a pool from the catalog nothing is measured.
+    """
     devices = tuple(device.id for device in inputs.pool.devices)
+    if inputs.pool.is_catalog:
+        console.print(f"nothing is measured: {', '.join(devices)} are from the catalog", highlight=False)
+        modelling.write_profiles(inputs.run, inputs.pool, inputs.model, inputs.model_folder, inputs.folder)
+        return
     console.print(f"profiling {len(devices)} devices: {', '.join(devices)}")
     began_s = time.monotonic()
     supervisor = Supervisor(_job(inputs, "profile", devices))
@@ -103,18 +117,20 @@ def profile(inputs: Inputs, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan to train with; `planning` is the planner's answer, None for a plan that was given."""
+    """A plan to train with; `planning` is the planner's answer to `asked`, None for a plan that was given."""
 
     plan: Plan
     planning: PlanningResult | None
+    asked: PlanningInputs | None = None
 
     def write(self, folder: OutputFolder) -> None:
-        """Write plan.json and planning.json, which the coordinator and the report read."""
+        """Write plan.json, and what the planner said about it; of a plan that was given it says nothing."""
+        if self.planning is not None and self.asked is not None:
+            planning.write(self.planning, self.asked, folder)
+            return
         write_atomically(folder.plan, self.plan.to_json())
-        if self.planning is not None:
-            write_atomically(folder.planning, self.planning.to_json())
-        else:
-            folder.planning.unlink(missing_ok=True)
+        for stale in (folder.planning, folder.plan_html, folder.plan_markdown):
+            stale.unlink(missing_ok=True)
 
 
 def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Chosen:
@@ -132,9 +148,10 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
                 fix="run `colledge profile` first, or give --plan.",
             )
         console.print(f"planning from the profiles in {inputs.folder.path}", highlight=False)
-        result = plan_training(*profiles, planning.request_of(inputs.run))
-        planning.show(result, *profiles, console)
-        return Chosen(result.best, result)
+        asked = PlanningInputs(*profiles, planning.request_of(inputs.run), steps=inputs.run.steps)
+        result = planning.plan(asked)
+        planning.show(planning.make_report(result, asked), console)
+        return Chosen(result.best, result, asked)
     given = read_plan(plan_path)
     check_plan(given, inputs)
     if profiles is None:

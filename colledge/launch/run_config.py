@@ -17,12 +17,20 @@ from pydantic import Field, model_validator
 
 from colledge.errors import ConfigError
 from colledge.plan import Plan
-from colledge.profiles import ModelProfile, PoolProfile, PowerMode
+from colledge.profiles import (
+    DeviceProfile,
+    LinkProfile,
+    ModelProfile,
+    PoolProfile,
+    PowerMode,
+    SegmentProfile,
+)
+from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
 from colledge.settings import Emulation, OptimizerSettings, Precision
-from colledge.units import Bytes, Seconds
+from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
 
@@ -99,7 +107,8 @@ _PLACEHOLDER_GPU = PowerMode(name="default", idle_w=40, compute_w=250, communica
 class DeviceConfig(Record):
     """One device of the pool.
 
-    `threads` is for the CPU (all of them by default); without `memory` the device measures what is free.
+    `threads` is for the CPU (all of them by default); without `memory` the device measures what is free. A device
+    with `catalog` is an entry of the catalog, to plan with and not to train on; `mode` is its power mode.
     """
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -109,6 +118,33 @@ class DeviceConfig(Record):
     memory_bytes: Bytes | None = Field(default=None, alias="memory", gt=0)
     power: PowerConfig | None = None
     emulate: Emulation = Emulation()
+    catalog: str | None = None
+    mode: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DeviceConfig:
+        if self.catalog is None:
+            if self.mode is not None:
+                raise ValueError("mode is for a device with catalog")
+            return self
+        for name in ("host", "accelerator", "threads", "power", "emulate"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"a device with catalog takes id, catalog, mode and memory; {name} is for a real one"
+                )
+        return self
+
+    def catalog_profile(self) -> DeviceProfile:
+        """Return the catalog's figures for this device.
+
+        Raises:
+            ConfigError: The catalog has no such kind of device or no such mode of it.
+        """
+        assert self.catalog is not None
+        profile = catalog_device(self.catalog).profile(self.id, self.mode)
+        if self.memory_bytes is None:
+            return profile
+        return profile.model_copy(update={"memory_bytes": self.memory_bytes})
 
     def power_mode(self) -> PowerMode:
         """Return the declared watts, or a placeholder whose source is `modelled`."""
@@ -117,12 +153,34 @@ class DeviceConfig(Record):
         return PowerMode(name="default", source="declared", **self.power.model_dump())
 
 
+class LinkConfig(Record):
+    """A connection that two devices have to themselves, as fast in both directions."""
+
+    between: tuple[str, str]
+    bandwidth_bytes_per_s: BytesPerSecond = Field(alias="bandwidth", gt=0)
+    latency_s: Seconds = Field(alias="latency", ge=0)
+
+
+class SegmentConfig(Record):
+    """A medium whose members share its bandwidth, such as a Wi-Fi channel."""
+
+    name: str = Field(min_length=1)
+    devices: tuple[str, ...] = Field(min_length=2)
+    bandwidth_bytes_per_s: BytesPerSecond = Field(alias="bandwidth", gt=0)
+    latency_s: Seconds = Field(alias="latency", ge=0)
+
+
 class PoolConfig(Record):
-    """pool.yaml: the devices, and where their coordinator listens."""
+    """pool.yaml: the devices, and where their coordinator listens.
+
+    Links of real devices are measured; `links` and `segments` declare those of devices from the catalog.
+    """
 
     schema_tag: Literal["colledge/pool/1"] = Field(default="colledge/pool/1", alias="schema")
     coordinator: CoordinatorConfig = CoordinatorConfig()
     devices: tuple[DeviceConfig, ...] = Field(min_length=1)
+    links: tuple[LinkConfig, ...] = ()
+    segments: tuple[SegmentConfig, ...] = ()
 
     @model_validator(mode="after")
     def _check(self) -> PoolConfig:
@@ -132,7 +190,68 @@ class PoolConfig(Record):
                 raise ValueError(f"device {id!r} appears {ids.count(id)} times; ids must differ")
         if "coordinator" in ids:
             raise ValueError("no device can have the id 'coordinator'; that is the process that feeds them")
+        self._check_catalog(ids)
         return self
+
+    def _check_catalog(self, ids: list[str]) -> None:
+        entries = [device.id for device in self.devices if device.catalog is not None]
+        real = [id for id in ids if id not in entries]
+        if entries and real:
+            raise ValueError(
+                f"device {entries[0]!r} is from the catalog and {real[0]!r} is not; a pool is all catalog or all real"
+            )
+        if real and (self.links or self.segments):
+            raise ValueError(
+                "links and segments are for devices from the catalog; those of real ones are measured"
+            )
+        named: dict[str, tuple[str, ...]] = {f"links[{i}]": link.between for i, link in enumerate(self.links)}
+        named |= {f"segments[{i}]": segment.devices for i, segment in enumerate(self.segments)}
+        for where, members in named.items():
+            for id in members:
+                if id not in ids:
+                    raise ValueError(f"{where} names unknown device {id!r}; the devices are {', '.join(ids)}")
+            if len(set(members)) != len(members):
+                raise ValueError(f"{where} names a device twice")
+        pairs = [frozenset(link.between) for link in self.links]
+        for link in self.links:
+            if pairs.count(frozenset(link.between)) > 1:
+                raise ValueError(f"links: {' and '.join(link.between)} are joined twice")
+
+    @property
+    def is_catalog(self) -> bool:
+        """Whether the devices are entries of the catalog: nothing to measure or to train on."""
+        return self.devices[0].catalog is not None
+
+    def catalog_profile(self) -> PoolProfile:
+        """Return the profile of a pool from the catalog, with its links as declared.
+
+        Raises:
+            ConfigError: The catalog has no such kind of device or no such mode of it.
+        """
+        return PoolProfile(
+            schema_tag="colledge/pool-profile/1",
+            devices=tuple(device.catalog_profile() for device in self.devices),
+            links=tuple(
+                LinkProfile(
+                    source=link.between[0],
+                    target=link.between[1],
+                    latency_s=link.latency_s,
+                    bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+                    provenance="declared",
+                )
+                for link in self.links
+            ),
+            segments=tuple(
+                SegmentProfile(
+                    name=segment.name,
+                    devices=segment.devices,
+                    latency_s=segment.latency_s,
+                    bandwidth_bytes_per_s=segment.bandwidth_bytes_per_s,
+                    provenance="declared",
+                )
+                for segment in self.segments
+            ),
+        )
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -153,9 +272,16 @@ def load_pool(path: Path) -> PoolConfig:
     """Return the pool in a file.
 
     Raises:
-        ConfigError: The file is missing or malformed; the message names the key and what is known.
+        ConfigError: The file is missing or malformed, or names what the catalog does not have; the message names
+            the key and what is known.
     """
-    return _check_config(PoolConfig, read_yaml_mapping(path), str(path))
+    pool = _check_config(PoolConfig, read_yaml_mapping(path), str(path))
+    if pool.is_catalog:
+        try:
+            pool.catalog_profile()
+        except ConfigError as fault:
+            raise ConfigError(f"{path}: {fault.message}", fix=fault.fix) from None
+    return pool
 
 
 def _parse_override(override: str) -> dict[str, Any]:
@@ -166,7 +292,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         )
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError, ValueError):
         raise ConfigError(f"override {override!r}: the value is not YAML.", fix="quote the value.") from None
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -190,8 +316,12 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
             holder = holder.get(parent) if isinstance(holder, dict) else None
         if isinstance(holder, dict) and isinstance(holder.get(key), str) and holder[key]:
             text = holder[key]
-            resolved = (folder / Path(text).expanduser()).resolve()
-            if key != "model" or text.startswith((".", "/", "~")) or resolved.exists():
+            try:
+                resolved = (folder / Path(text).expanduser()).resolve()
+                exists = resolved.exists()
+            except (OSError, RuntimeError, ValueError) as fault:  # too long, no such user, a null byte
+                raise ConfigError(f"{dotted} {text[:60]!r} is no path ({fault}).", fix="mend it.") from None
+            if key != "model" or text.startswith((".", "/", "~")) or exists:
                 holder[key] = str(resolved)  # any other model is a hub id
 
 

@@ -165,7 +165,8 @@ class StageBench:
         self._generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters.values():
             nn.init.normal_(parameter, std=0.02, generator=self._generator)
-        module.to(workload.device)
+        if workload.device.type != "cpu":
+            module.to(workload.device)
         self._module: StageModule = module
         trained = {id(p): p for p in self.parameters.values() if p.requires_grad}
         for parameter in trained.values():
@@ -182,6 +183,7 @@ class StageBench:
         self._x = ids.to(work.device) if self._first else self._random((samples, *boundary))
         self._gradient = None if self._loss else self._random((samples, *boundary))
         self._targets: Mapping[str, Tensor] = {"labels": ids.to(work.device)}
+        self._denominator = ids.numel()  # as in a run, where it is known before the forward
 
     def _random(self, shape: tuple[int, ...]) -> Tensor:
         values = torch.randn(shape, generator=self._generator)
@@ -197,11 +199,12 @@ class StageBench:
         output = self._module(x, {})
         if self._loss is None:
             return output
-        return self._loss.total(output, self._targets, self._shard) / self._loss.count(self._targets)
+        return self._loss.total(output, self._targets, self._shard) / self._denominator
 
     def backward(self, output: Tensor) -> None:
-        """Add to the gradients."""
-        torch.autograd.backward(output, self._gradient)
+        """Add to the gradients; nothing where everything up to here is frozen."""
+        if output.requires_grad:
+            torch.autograd.backward(output, self._gradient)
 
     def update(self) -> None:
         """Run the step's update."""

@@ -11,6 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from colledge.measure.compute import StageBench, UpdateFactory, Workload
@@ -77,19 +78,23 @@ def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
 def _saved_bytes(bench: StageBench, samples: int) -> int:
     """Return the bytes that a forward keeps for its backward; a storage counts once, parameters do not."""
     bench.load(samples)
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in bench.parameters.values()}
+    parameters = {_storage_id(parameter) for parameter in bench.parameters.values()}
     saved: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if _storage_id(tensor) not in parameters:
+            saved[_storage_id(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         output = bench.forward(bench.rows())
-    del output  # what was saved lived until here, so that no address was used twice
+    del output  # what was saved lived until here, so that no storage took the place of another
     return sum(saved.values())
+
+
+def _storage_id(tensor: Tensor) -> int:
+    """Return what tensors of one storage have in common; an address would not do, tensors without data have none."""
+    return int(StorageWeakRef(tensor.untyped_storage()).cdata)  # type: ignore[no-untyped-call]
 
 
 def _flops(bench: StageBench) -> tuple[float, float]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
-from colledge.errors import ConfigError, PlanError
-from colledge.plan import Plan, StepFigures
+from colledge.errors import ColledgeError, ConfigError, PlanError
+from colledge.plan import Plan, Shard, StepFigures
+from colledge.planner.baselines import all_baselines
 from colledge.planner.bounds import lower_bounds
 from colledge.planner.cost import PoolCosts
+from colledge.planner.draft import make_plan
 from colledge.planner.energy import step_figures
 from colledge.planner.explain import explain
-from colledge.planner.memory import MemoryParts, check_memory, out_of_memory, plan_memory
-from colledge.planner.request import FAMILIES, PlanBounds, PlanningRequest, PlanningResult
-from colledge.planner.search import Found, Search
+from colledge.planner.judge import Found
+from colledge.planner.memory import MemoryParts, check_memory, plan_memory
+from colledge.planner.request import Baseline, PlanBounds, PlanningRequest, PlanningResult
+from colledge.planner.search import Search, microbatch_sizes
+from colledge.planner.shortage import nothing_fits
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
 from colledge.units import format_seconds
 
 __all__ = [
+    "Baseline",
     "MemoryParts",
     "PlanBounds",
     "PlanningRequest",
@@ -51,50 +57,59 @@ def predict(
 
 
 def plan_training(pool: PoolProfile, model: ModelProfile, request: PlanningRequest) -> PlanningResult:
-    """Return the best plan for a request, with the best of each family, the frontier, bounds and reasons.
+    """Return the best plan for a request, with the best of each family, the frontier, bounds, baselines and reasons.
 
     Raises:
-        OutOfMemoryError: No plan fits; names the device that lacks least and what would help.
-        ConfigError: A constraint names an unknown device, a timing is missing, or no plan meets the deadline.
+        OutOfMemoryError: No plan fits; names the device that lacks bytes under the plan that comes closest, and what
+            would help.
+        PlanError: No plan meets the deadline; names the least possible time and the fastest plan found.
+        ConfigError: A constraint names an unknown device, or a timing or a link is missing.
     """
     started = perf_counter()
+    devices = _usable(pool, request)
     costs = PoolCosts(pool, model)
-    search = Search(costs, request, _usable(pool, request))
-    families: dict[str, Found] = {}
-    for family in FAMILIES:
-        found = search.best([family], request.objective)
-        if found is not None:
-            families[family] = search.improve_modes(found, request.objective)
-    if not families:
-        raise _nothing_fits(search, pool, request)
-    best = min(families.values(), key=lambda found: found.score)
-    if best.score[0] and request.deadline_step_s is not None:
-        raise PlanError(
-            f"no plan meets the deadline of {format_seconds(request.deadline_step_s)} a step: the fastest takes "
-            f"{format_seconds(best.step_s)} ({best.plan.describe()}).",
-            fix=f"allow at least {format_seconds(best.step_s)} a step, or add devices.",
-        )
-    search.find_ends()
+    _check_times(costs, devices)
     bounds = lower_bounds(costs, request)
+    baselines = all_baselines(costs, request)
+    search = Search(costs, request, devices)
+    best = search.run(baseline.plan for baseline in baselines if baseline.plan is not None)
+    if best is None:
+        raise _nothing_found(pool, model, request, devices)
+    deadline = request.deadline_step_s
+    if deadline is not None and best.step_s > deadline:
+        raise _too_late(search, best, bounds, deadline)
 
     def finish(found: Found) -> Plan:
-        plan = Plan.model_validate(found.plan.model_dump(by_alias=True))
-        check_memory(plan, pool, model, request.optimizer_state_factor)
-        figures = predict(plan, pool, model, request.optimizer_state_factor)
+        plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
+        plan = Plan.model_validate(plan.model_dump(by_alias=True))
+        memory = check_memory(plan, pool, model, request.optimizer_state_factor)
+        figures = step_figures(plan, pool, simulate(plan, costs), memory)
         return plan.model_copy(update={"prediction": figures})
 
-    finished = {family: finish(found) for family, found in families.items()}
-    chosen = finished[best.plan.family]
-    reasons = explain(chosen, finished, bounds, request, pool, model)
+    chosen = finish(best)
+    families: dict[str, Plan] = {family: finish(found) for family, found in search.families().items()}
+    families[chosen.family] = chosen
+    reasons = explain(chosen, families, bounds, request, pool, model, baselines)
     reasons.append(search.coverage())
     return PlanningResult(
         best=chosen,
-        families=finished,
-        frontier=tuple(finish(found) for found in sorted(search.frontier, key=lambda found: found.step_s)),
+        families=families,
+        frontier=tuple(finish(found) for found in search.frontier()),
         bounds=bounds,
+        baselines=baselines,
         reasons=tuple(reasons),
         planning_s=perf_counter() - started,
     )
+
+
+def _check_times(costs: PoolCosts, devices: Sequence[str]) -> None:
+    """Check that every device that may be used can be timed in its first mode.
+
+    Raises:
+        ConfigError: Names the device kind, the mode and the layer kind.
+    """
+    for device in devices:
+        costs.prefix_s(*costs.key(Shard(device=device)), 1, 1.0)
 
 
 def _usable(pool: PoolProfile, request: PlanningRequest) -> list[str]:
@@ -111,14 +126,38 @@ def _usable(pool: PoolProfile, request: PlanningRequest) -> list[str]:
     return usable
 
 
-def _nothing_fits(search: Search, pool: PoolProfile, request: PlanningRequest) -> ConfigError:
-    lack = search.least_lack()
-    if lack is None:
+def _nothing_found(
+    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, devices: Sequence[str]
+) -> ColledgeError:
+    error = nothing_fits([pool.device(device) for device in devices], model, request)
+    if error is not None:
+        return error
+    sizes = microbatch_sizes(request.global_batch_size)
+    if request.must_use:
         return ConfigError(
             f"no plan is possible with must_use {list(request.must_use)}: the devices are not joined by links, "
             "or are more than the layers and the batch can be shared among.",
             fix="name fewer devices in must_use, or add the missing links to the pool profile.",
         )
-    device, parts = lack
-    prefix = "no plan fits in memory. In the one that lacks least, "
-    return out_of_memory(device, parts, pool.device(device).memory_bytes, prefix)
+    return ConfigError(
+        f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {sizes[-1]} or "
+        "more: with the devices and links that are there none fits in memory.",
+        fix="take a batch with more divisors (such as a power of two), or join more devices by links.",
+    )
+
+
+def _too_late(search: Search, best: Found, bounds: PlanBounds, deadline_s: float) -> PlanError:
+    wanted = format_seconds(deadline_s)
+    fastest = make_plan(best.draft, search.tables.num_layers, search.request.global_batch_size).describe()
+    if deadline_s < bounds.step_s:
+        message = (
+            f"a deadline of {wanted} a step is impossible: no plan on these devices can take less than "
+            f"{format_seconds(bounds.step_s)} (bound), and the fastest takes {format_seconds(best.step_s)} ({fastest})."
+        )
+    else:
+        known = "" if search.proven else " that was found"
+        message = (
+            f"no plan{known} meets the deadline of {wanted} a step: the fastest takes "
+            f"{format_seconds(best.step_s)} ({fastest}); the bound is {format_seconds(bounds.step_s)}."
+        )
+    return PlanError(message, fix=f"allow at least {format_seconds(best.step_s)} a step, or add devices.")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import highspy
 import numpy as np
 import numpy.typing as npt
 
-from colledge.planner.cost import PoolCosts
+from colledge.planner.cost import LayerClass, PoolCosts
+from colledge.planner.layouts import Group
 from colledge.planner.request import PlanBounds, PlanningRequest
 
 Array = npt.NDArray[np.float64]
@@ -92,6 +94,32 @@ def step_lower_bound(
     return bound
 
 
+def hop_bounds(
+    costs: PoolCosts, left: Group, right: Group, out_bytes: Array | float, size: int, count: int
+) -> HopArrays:
+    """Return the bounds of the transfers between two stages.
+
+    Args:
+        costs: Answers routes.
+        left: The replicas of the earlier stage.
+        right: The replicas of the later one.
+        out_bytes: Bytes that a row carries, of one cut or of many.
+        size: Rows of a micro-batch.
+        count: Micro-batches in a step.
+    """
+    first, total = [], []
+    alone = len(left) == len(right) == 1
+    for sender, receiver in ((left, right), (right, left)):
+        pairs = [(s[k % len(s)], d) for s, t in product(sender, receiver) for k, d in enumerate(t)]
+        routes = {route.medium: route for a, b in pairs for route in [costs.route(a, b)]}
+        rates = [route.bandwidth_bytes_per_s for route in routes.values()]
+        copies = size * len(receiver[0])
+        total.append(np.asarray(count * copies * out_bytes / sum(rates)))
+        one = copies * out_bytes / sum(rates) if alone else out_bytes / max(rates)
+        first.append(min(route.latency_s for route in routes.values()) + np.asarray(one))
+    return HopArrays(first[0], total[0], first[1], total[1], len(right) == 1)
+
+
 def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:
     """Return the least step time and the least energy that any plan could reach.
 
@@ -123,26 +151,25 @@ def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:
 
 
 class _Program:
-    """Builds and solves the linear programs of one pool and model."""
+    """Builds and solves the linear programs of one pool and model; devices that are alike share their columns."""
 
     def __init__(self, costs: PoolCosts, request: PlanningRequest) -> None:
         self.costs, self.batch = costs, request.global_batch_size
         self.devices = [d.id for d in costs.pool.devices if d.id not in request.must_not_use]
         self.whole_pool = request.accounting == "whole-pool"
-        kinds = [(layer.kind, layer.tensor is not None) for layer in costs.model.layers]
+        kinds = [costs.layer_class(layer) for layer in range(len(costs.model.layers))]
         self.kinds = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-        self.first = {kind: kinds.index(kind) for kind in self.kinds}
         counts = {row.samples for row in costs.model.timings if row.samples <= self.batch}
         self.samples = sorted({*range(1, min(self.batch, _MOST_SAMPLES_TRIED) + 1), *counts, self.batch})
-        self.best: dict[tuple[str, str, str, bool], float] = {}
+        self.best: dict[tuple[str, str, LayerClass], float] = {}
 
-    def _best_s(self, device: str, mode: str, kind: tuple[str, bool]) -> float:
+    def _best_s(self, device: str, mode: str, kind: LayerClass) -> float:
         """Return the fewest seconds a sample of a layer that any sample count and fraction gives."""
-        key = (self.costs.pool.device(device).kind, mode, *kind)
+        key = (self.costs.pool.device(device).kind, mode, kind)
         if key not in self.best:
-            units = self.costs.model.shard_units if kind[1] else 1
+            _, splits, layer = kind
+            units = self.costs.model.shard_units if splits else 1
             fractions = [u / units for u in range(1, units + 1)]
-            layer = self.first[kind]
             self.best[key] = min(
                 self.costs.layer_s(device, mode, layer, n, f) / (n * f)
                 for n in self.samples
@@ -150,8 +177,8 @@ class _Program:
             )
         return self.best[key]
 
-    def _columns(self, device: str) -> list[tuple[tuple[str, bool], float, float]]:
-        """Return (layer kind, seconds a sample, watts) for each mode that was timed."""
+    def _columns(self, device: str) -> list[tuple[LayerClass, float, float]]:
+        """Return (layer class, seconds a sample, watts) for each mode that can be timed."""
         profile = self.costs.pool.device(device)
         modes = [mode for mode in profile.modes if self.costs.has_mode(device, mode.name)] or [
             profile.modes[0]
@@ -167,14 +194,19 @@ class _Program:
         solver.setOptionValue("threads", 1)
         infinity = highspy.kHighsInf
         idle_w, kinds = 0.0, list(self.kinds)
+        alike: dict[str, tuple[str, int]] = {}
+        for device in devices:
+            look = self.costs.pool.device(device).model_copy(update={"id": "", "memory_bytes": 1}).to_json()
+            first, number = alike.get(look, (device, 0))
+            alike[look] = first, number + 1
         shares: list[list[int]] = [[] for _ in kinds]
-        loads: list[tuple[list[int], list[float]]] = []
+        loads: list[tuple[int, list[int], list[float]]] = []
         solver.addVar(0.0, infinity if deadline_s is None else deadline_s)
         column = 1
-        for device in devices:
+        for device, number in alike.values():
             modes = self.costs.pool.device(device).modes
             floor_w = min(min(m.idle_w, m.compute_w, m.communicate_w) for m in modes) if floor else 0.0
-            idle_w += floor_w
+            idle_w += number * floor_w
             indices, seconds = [], []
             for kind, second, watts in self._columns(device):
                 solver.addVar(0.0, infinity)
@@ -184,7 +216,7 @@ class _Program:
                 indices.append(column)
                 seconds.append(second)
                 column += 1
-            loads.append((indices, seconds))
+            loads.append((number, indices, seconds))
         if self.whole_pool:
             left_out = [d for d in self.costs.pool.devices if d.id not in devices]
             idle_w += sum(d.modes[0].idle_w for d in left_out)
@@ -192,8 +224,8 @@ class _Program:
         for kind, columns in zip(kinds, shares, strict=True):
             samples = float(self.batch * self.kinds[kind])
             solver.addRow(samples, samples, len(columns), np.array(columns), np.ones(len(columns)))
-        for indices, seconds in loads:
-            row, values = np.array([0, *indices]), np.array([-1.0, *seconds])
+        for number, indices, seconds in loads:
+            row, values = np.array([0, *indices]), np.array([-float(number), *seconds])
             solver.addRow(-infinity, 0.0, len(row), row, values)
         solver.run()
         if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:

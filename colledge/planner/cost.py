@@ -2,21 +2,29 @@
 
 Timings are interpolated piecewise-linearly in samples and in shard fraction. Beyond the largest sample count the
 last line goes on; below the smallest the first line goes on, but never below zero (one measurement alone is
-scaled in proportion). Nothing here decides anything.
+scaled in proportion). A layer kind without timings in some power mode is timed from its FLOPs and bytes and the
+rates of that mode, from the pool or else from the catalog. Nothing here decides anything.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from colledge.errors import ConfigError
 from colledge.plan import Shard
 from colledge.profiles import LayerProfile, ModelProfile, PoolProfile, Route
+from colledge.profiles.catalog import read_catalog
+from colledge.profiles.device import Source
 
 _Points = list[tuple[float, float]]
+
+# AdamW reads weight, gradient and two moments and writes all but the gradient, which is then set to zero; it takes
+# about 12 operations a float32 weight.
+_UPDATE_TRAFFIC, _UPDATE_FLOPS_PER_BYTE = 8, 3
 
 
 def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -49,7 +57,69 @@ class _LayerTimes:
         return interpolate(list(self.update.items()), fraction)
 
 
+@dataclass(frozen=True)
+class _Rates:
+    """What a device kind reaches in a power mode; `source` says where the figures come from."""
+
+    flops_per_s: float
+    bytes_per_s: float | None
+    source: Source
+
+    def seconds(self, flops: float, num_bytes: float) -> float:
+        """Return the seconds of an operation: the slower of its arithmetic and its memory (the roofline model)."""
+        memory_s = num_bytes / self.bytes_per_s if self.bytes_per_s is not None else 0.0
+        return max(flops / self.flops_per_s, memory_s)
+
+
+@dataclass(frozen=True)
+class _RatedTimes:
+    """The times of one layer from rates.
+
+    A forward moves at least its weights once and what it keeps for backward once; a backward moves both again, and
+    reads and writes the gradients. A layer without arithmetic looks its weights up and moves its output alone.
+    """
+
+    layer: LayerProfile
+    rates: _Rates
+
+    def seconds(self, samples: int, fraction: float) -> tuple[float, float]:
+        """Return forward and backward seconds."""
+        layer, size = self.layer, samples * fraction
+        arithmetic = layer.forward_flops_per_sample > 0
+        weights = fraction * layer.parameter_bytes if arithmetic else 0.0
+        kept = size * (layer.saved_bytes_per_sample if arithmetic else layer.output_bytes_per_sample)
+        gradients = 2 * fraction * layer.trainable_parameter_bytes
+        return (
+            self.rates.seconds(size * layer.forward_flops_per_sample, weights + kept),
+            self.rates.seconds(size * layer.backward_flops_per_sample, weights + kept + gradients),
+        )
+
+    def update_s(self, fraction: float) -> float:
+        """Return the seconds of AdamW's update."""
+        num_bytes = fraction * self.layer.trainable_parameter_bytes
+        return self.rates.seconds(_UPDATE_FLOPS_PER_BYTE * num_bytes, _UPDATE_TRAFFIC * num_bytes)
+
+
+def _read_rates(pool: PoolProfile) -> dict[tuple[str, str], _Rates]:
+    """Return the rates that the pool gives for a device kind and mode."""
+    rates: dict[tuple[str, str], _Rates] = {}
+    for device in pool.devices:
+        for mode in device.modes:
+            if mode.achieved_flops_per_s is None:
+                continue
+            source: Source = "modelled" if mode.source == "measured" else mode.source
+            found = _Rates(mode.achieved_flops_per_s, mode.memory_bytes_per_s, source)
+            if rates.setdefault((device.kind, mode.name), found) != found:
+                raise ConfigError(
+                    f"pool profile: two rates of device kind {device.kind!r} in power mode {mode.name!r}; the second "
+                    f"is that of {device.id!r}.",
+                    fix="give devices of unequal speed different kinds.",
+                )
+    return rates
+
+
 _TimesKey = tuple[str, str, str]
+LayerClass = tuple[str, bool, int]
 
 
 def _read_timings(model: ModelProfile) -> dict[_TimesKey, _LayerTimes]:
@@ -94,6 +164,7 @@ class PoolCosts:
     def __init__(self, pool: PoolProfile, model: ModelProfile) -> None:
         self.pool, self.model = pool, model
         self._times = _read_timings(model)
+        self._rates = _read_rates(pool)
         self._ties = find_ties(model.layers)
         self._modes = {device.id: device.modes[0].name for device in pool.devices}
         self.prefix_s = lru_cache(maxsize=None)(self._prefix_s)
@@ -106,41 +177,86 @@ class PoolCosts:
         return tuple(tie for tie in self._ties if shared_bytes(self.model.layers, tie)[1] > 0)
 
     def has_mode(self, device: str, mode: str) -> bool:
-        """Return whether every layer kind was timed on the device's kind in that mode."""
+        """Return whether every layer kind can be timed on the device's kind in that mode."""
         kind = self.pool.device(device).kind
+        return self._is_measured(kind, mode) or self._rates_of(kind, mode) is not None
+
+    def _is_measured(self, kind: str, mode: str) -> bool:
         return all((kind, mode, layer.kind) in self._times for layer in self.model.layers)
+
+    def time_source(self, kind: str, mode: str) -> Source:
+        """Return where the times of a device kind in a mode come from: `measured`, or that of the rates.
+
+        Raises:
+            ConfigError: There are neither timings nor rates.
+        """
+        if self._is_measured(kind, mode):
+            return "measured"
+        rates = self._rates_of(kind, mode)
+        if rates is None:
+            missing = next(y for y in self.model.layers if (kind, mode, y.kind) not in self._times)
+            raise self._no_times(kind, mode, missing.kind)
+        return rates.source
+
+    def layer_class(self, layer: int) -> LayerClass:
+        """Return what layers that always take the same time have in common: (kind, splits, the first such layer)."""
+        return self._layer_classes[layer]
+
+    @cached_property
+    def _layer_classes(self) -> tuple[LayerClass, ...]:
+        first: dict[LayerProfile, int] = {}
+        classes = []
+        for index, layer in enumerate(self.model.layers):
+            alike = layer.model_copy(update={"name": "", "tied_to": None})
+            classes.append((layer.kind, layer.tensor is not None, first.setdefault(alike, index)))
+        return tuple(classes)
 
     def layer_s(self, device: str, mode: str | None, layer: int, samples: int, fraction: float) -> float:
         """Return forward plus backward seconds of one layer; a layer without tensor split ignores `fraction`."""
         profile = self.model.layers[layer]
         kind, name = self.pool.device(device).kind, mode or self._modes[device]
-        return sum(
-            self._table(kind, name, profile.kind).seconds(samples, fraction if profile.tensor else 1.0)
-        )
+        return sum(self._table(kind, name, profile).seconds(samples, fraction if profile.tensor else 1.0))
 
-    def _table(self, kind: str, mode: str, layer_kind: str) -> _LayerTimes:
-        found = self._times.get((kind, mode, layer_kind))
-        if found is None:
-            modes = sorted({m for k, m, layer in self._times if k == kind and layer == layer_kind})
-            there = f"there are rows for mode {', '.join(modes)}" if modes else "there are none for this kind"
-            raise ConfigError(
-                f"no timings of layer kind {layer_kind!r} on device kind {kind!r} in power mode {mode!r} "
-                f"({there}).",
-                fix="measure it with `colledge profile`, or take the device out of the pool.",
-            )
-        return found
+    def _rates_of(self, kind: str, mode: str) -> _Rates | None:
+        """Return the pool's rates, else those of the catalog."""
+        key = (kind, mode)
+        if key not in self._rates:
+            entry = read_catalog().get(kind)
+            for known in entry.modes if entry is not None else ():
+                rates = _Rates(known.achieved_flops_per_s, known.memory_bytes_per_s, "catalog")
+                self._rates.setdefault((kind, known.name), rates)
+        return self._rates.get(key)
+
+    def _table(self, kind: str, mode: str, layer: LayerProfile) -> _LayerTimes | _RatedTimes:
+        found = self._times.get((kind, mode, layer.kind))
+        if found is not None:
+            return found
+        rates = self._rates_of(kind, mode)
+        if rates is None:
+            raise self._no_times(kind, mode, layer.kind)
+        return _RatedTimes(layer, rates)
+
+    def _no_times(self, kind: str, mode: str, layer_kind: str) -> ConfigError:
+        modes = sorted({m for k, m, layer in self._times if k == kind and layer == layer_kind})
+        there = f"there are rows for mode {', '.join(modes)}" if modes else "there are none for this kind"
+        return ConfigError(
+            f"no timings of layer kind {layer_kind!r} on device kind {kind!r} in power mode {mode!r} "
+            f"({there}), and no rates of that mode.",
+            fix="measure it with `colledge profile`, give the mode achieved_flops_per_s in the pool profile, or take "
+            "the device out of the pool.",
+        )
 
     def _prefix_s(
         self, kind: str, mode: str, samples: int, fraction: float
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return forward and backward seconds of layers [0, i), for i = 0 .. num_layers."""
-        known: dict[tuple[str, float], tuple[float, float]] = {}
+        known: dict[LayerClass, tuple[float, float]] = {}
         rows = []
-        for layer in self.model.layers:
-            key = (layer.kind, fraction if layer.tensor else 1.0)
-            if key not in known:
-                known[key] = self._table(kind, mode, layer.kind).seconds(samples, key[1])
-            rows.append(known[key])
+        for layer, alike in zip(self.model.layers, self._layer_classes, strict=True):
+            if alike not in known:
+                part = fraction if layer.tensor else 1.0
+                known[alike] = self._table(kind, mode, layer).seconds(samples, part)
+            rows.append(known[alike])
         return (
             tuple(accumulate((f for f, _ in rows), initial=0.0)),
             tuple(accumulate((b for _, b in rows), initial=0.0)),
@@ -149,7 +265,7 @@ class PoolCosts:
     def _update_prefix_s(self, kind: str, mode: str, fraction: float) -> tuple[float, ...]:
         """Return update seconds of layers [0, i), for i = 0 .. num_layers."""
         updates = (
-            self._table(kind, mode, layer.kind).update_s(fraction if layer.tensor else 1.0)
+            self._table(kind, mode, layer).update_s(fraction if layer.tensor else 1.0)
             for layer in self.model.layers
         )
         return tuple(accumulate(updates, initial=0.0))

@@ -1,16 +1,20 @@
-"""Why this plan and not the others, in plain sentences with numbers."""
+"""Why this plan and not the others, and what limits it, in plain sentences with numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from colledge.plan import Plan
-from colledge.planner.request import PlanBounds, PlanningRequest
+from colledge.plan import Plan, Replica, Shard, Stage
+from colledge.planner.cost import PoolCosts
+from colledge.planner.limits import Limits, find_limits
+from colledge.planner.memory import plan_memory
+from colledge.planner.request import Baseline, PlanBounds, PlanningRequest
+from colledge.planner.sources import enumerate_names, estimates
 from colledge.profiles import ModelProfile, PoolProfile
-from colledge.profiles.device import Source
-from colledge.units import format_joules, format_seconds
+from colledge.units import format_bytes, format_joules, format_seconds
 
-_NOISY_SPREAD = 0.1
+_NEAR_LIMIT = 0.9
+_WORTH_SAYING = 0.05
 
 
 def joules(plan: Plan, request: PlanningRequest) -> float:
@@ -21,6 +25,15 @@ def joules(plan: Plan, request: PlanningRequest) -> float:
     return plan.prediction.energy_joules_per_step
 
 
+def goal(request: PlanningRequest) -> str:
+    """Return what a request wants, such as `least energy within 500 ms a step (whole-pool accounting)`."""
+    text = {"energy": "least energy", "time": "least time", "energy-delay": "least energy x time"}
+    within = (
+        "" if request.deadline_step_s is None else f" within {format_seconds(request.deadline_step_s)} a step"
+    )
+    return f"{text[request.objective]}{within} ({request.accounting} accounting)"
+
+
 def explain(
     best: Plan,
     families: Mapping[str, Plan],
@@ -28,14 +41,21 @@ def explain(
     request: PlanningRequest,
     pool: PoolProfile,
     model: ModelProfile,
+    baselines: Sequence[Baseline] = (),
 ) -> list[str]:
-    """Return the reasons for a choice, most important first."""
-    reasons = [_choice(best, bounds, request)]
-    reasons += _one_machine(best, families, request)
-    reasons += [_rival(name, plan, best, request) for name, plan in families.items() if name != best.family]
+    """Return the reasons for a choice, most important first; before them, what of it rests on estimates."""
+    costs, factor = PoolCosts(pool, model), request.optimizer_state_factor
+    limits = find_limits(best, costs, factor)
+    reasons = estimates(best, request, costs)
+    reasons.append(_choice(best, bounds, request))
+    reasons += _one_machine(best, families, request, costs)
+    reasons += limit_sentences(limits, best, pool)
+    for name, plan in families.items():
+        if name != best.family:
+            rival = find_limits(plan, costs, factor, wishes=False)
+            reasons.append(_rival(name, plan, best, rival, request, pool))
+    reasons += _against_baselines(best, baselines, request)
     reasons += _left_out(best, request, pool)
-    reasons += _memory(best)
-    reasons += _estimates(best, pool, model)
     return reasons
 
 
@@ -46,11 +66,7 @@ def _figures(plan: Plan, request: PlanningRequest) -> str:
 
 def _choice(best: Plan, bounds: PlanBounds, request: PlanningRequest) -> str:
     assert best.prediction is not None
-    goal = {"energy": "least energy", "time": "least time", "energy-delay": "least energy x time"}
-    text = f"Chosen for {goal[request.objective]}"
-    if request.deadline_step_s is not None:
-        text += f" within {format_seconds(request.deadline_step_s)} a step"
-    text += f" ({request.accounting} accounting): {best.describe()}, predicted {_figures(best, request)}"
+    text = f"Chosen for {goal(request)}: {best.describe()}, predicted {_figures(best, request)}"
     ratios = []
     if bounds.step_s > 0:
         ratios.append(f"{best.prediction.step_s / bounds.step_s:.2f} times the least possible time")
@@ -60,10 +76,13 @@ def _choice(best: Plan, bounds: PlanBounds, request: PlanningRequest) -> str:
     return text + (f"; that is {' and '.join(ratios)}." if ratios else ".")
 
 
-def _one_machine(best: Plan, families: Mapping[str, Plan], request: PlanningRequest) -> list[str]:
-    single = families.get("single")
+def _one_machine(
+    best: Plan, families: Mapping[str, Plan], request: PlanningRequest, costs: PoolCosts
+) -> list[str]:
     if best.family != "single":
-        return [] if single else ["No single device can hold this model; only a pool can train it."]
+        if "single" in families or any(_holds(device.id, costs, request) for device in costs.pool.devices):
+            return []
+        return ["No single device can hold this model; only a pool can train it."]
     others = [plan for name, plan in families.items() if name != "single"]
     if not others:
         return []
@@ -72,6 +91,22 @@ def _one_machine(best: Plan, families: Mapping[str, Plan], request: PlanningRequ
         f"The pool is worse than one machine here: {best.devices[0]} alone takes {_figures(best, request)}, "
         f"the best plan of several devices ({rival.describe()}) {_figures(rival, request)}."
     ]
+
+
+def _holds(device: str, costs: PoolCosts, request: PlanningRequest) -> bool:
+    """Return whether a device can train the model alone in the least memory: single rows, computed again."""
+    num_layers = len(costs.model.layers)
+    alone = Stage(layers=(0, num_layers), replicas=(Replica(samples=1, shards=(Shard(device=device),)),))
+    plan = Plan(
+        schema_tag="colledge/plan/1",
+        num_layers=num_layers,
+        global_batch_size=request.global_batch_size,
+        microbatch_size=1,
+        stages=(alone,),
+        recompute=(True,),
+    )
+    parts = plan_memory(plan, costs.pool, costs.model, request.optimizer_state_factor)[device]
+    return parts.total_bytes <= costs.pool.device(device).memory_bytes
 
 
 def _wanted(plan: Plan, request: PlanningRequest) -> float:
@@ -85,20 +120,106 @@ def _wanted(plan: Plan, request: PlanningRequest) -> float:
             return plan.prediction.step_s * joules(plan, request)
 
 
-def _rival(name: str, plan: Plan, best: Plan, request: PlanningRequest) -> str:
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def medium_text(medium: str, pool: PoolProfile) -> str:
+    """Return what to call a medium: `the link a->b`, or `the shared medium air`."""
+    return f"the {'shared medium' if any(s.name == medium for s in pool.segments) else 'link'} {medium}"
+
+
+def limit_sentences(limits: Limits, plan: Plan, pool: PoolProfile) -> list[str]:
+    """Return what limits a plan, where its time goes, and what would help."""
+    parts = f"{limits.slowest_device} computes for {_percent(limits.compute_share)} of the step"
+    if plan.num_stages > 1 or limits.bubble_share >= _WORTH_SAYING:
+        parts += f", filling and draining the pipeline costs {_percent(limits.bubble_share)}"
+    if limits.busiest_medium is not None:
+        where = medium_text(limits.busiest_medium, pool)
+        busy = f"the busiest, {where}, is in use {_percent(limits.busiest_share)} of the step"
+        parts += f", waiting for links {_percent(limits.link_share)} ({busy})"
+    return [f"Limited by {_limit(limits, plan, pool)}: {parts}.", *_memory(limits, plan)]
+
+
+def _limit(limits: Limits, plan: Plan, pool: PoolProfile) -> str:
+    match limits.kind:
+        case "computing":
+            return f"computing on {limits.slowest_device}"
+        case "link":
+            assert limits.busiest_medium is not None
+            return medium_text(limits.busiest_medium, pool)
+        case "bubble":
+            count = plan.num_microbatches
+            batches = f"{count} micro-batch{'' if count == 1 else 'es'}"
+            return f"the pipeline's bubble ({plan.num_stages} stages, {batches})"
+        case "memory":
+            assert limits.wish is not None
+            return f"the memory of {limits.wish.device}"
+
+
+def _memory(limits: Limits, plan: Plan) -> list[str]:
+    found = []
+    if limits.memory_share >= _NEAR_LIMIT or limits.wish is not None:
+        text = f"{limits.fullest_device} is fullest: {_percent(limits.memory_share)} of its memory is used"
+        if limits.wish is not None:
+            wish = limits.wish
+            text += (
+                f"; {wish.change} would take {_percent(wish.gain)} less time, but {wish.device} lacks "
+                f"{format_bytes(wish.lacks_bytes)} for it"
+            )
+        found.append(f"{text}.")
+    stages = [str(s) for s in range(plan.num_stages) if plan.recomputes(s)]
+    if stages:
+        found.append(
+            f"Activations are computed again in the backward pass of stage {', '.join(stages)} to fit in memory."
+        )
+    return found
+
+
+def _rival(
+    name: str, plan: Plan, best: Plan, limits: Limits, request: PlanningRequest, pool: PoolProfile
+) -> str:
     assert plan.prediction is not None
     assert best.prediction is not None
-    parts = []
-    for what, mine, other in (
-        ("time", best.prediction.step_s, plan.prediction.step_s),
-        ("energy", joules(best, request), joules(plan, request)),
-    ):
-        if mine > 0:
-            parts.append(f"{100 * (other / mine - 1):+.0f} % {what}")
+    times = ""
+    if best.prediction.step_s > 0 and joules(best, request) > 0:
+        times = (
+            f", {plan.prediction.step_s / best.prediction.step_s:.2f} times the time and "
+            f"{joules(plan, request) / joules(best, request):.2f} times the energy of the chosen plan"
+        )
     late = request.deadline_step_s is not None and plan.prediction.step_s > request.deadline_step_s
-    return f"Best {name} plan: {plan.describe()}, {_figures(plan, request)} ({', '.join(parts)})" + (
-        ", which misses the deadline." if late else "."
+    return (
+        f"Best {name} plan: {plan.describe()}, {_figures(plan, request)}{times}"
+        f"{', which misses the deadline' if late else ''}; limited by {_limit(limits, plan, pool)} "
+        f"({_percent(_share(limits))} of its step)."
     )
+
+
+def _share(limits: Limits) -> float:
+    shares = {"computing": limits.compute_share, "link": limits.link_share, "bubble": limits.bubble_share}
+    return shares.get(limits.kind, 0.0)
+
+
+def _against_baselines(best: Plan, baselines: Sequence[Baseline], request: PlanningRequest) -> list[str]:
+    """Return the simplest comparison with other planners: the best of theirs, and those that have no plan."""
+    found = []
+    ran = {one.name: one.plan for one in baselines if one.plan is not None and not one.why_not}
+    if ran and _wanted(best, request) > 0:
+        name = min(ran, key=lambda name: _wanted(ran[name], request))
+        plan = ran[name]
+        assert plan.prediction is not None
+        assert best.prediction is not None
+        times = plan.prediction.step_s / max(best.prediction.step_s, 1e-30)
+        energy = joules(plan, request) / max(joules(best, request), 1e-30)
+        found.append(
+            f"The best baseline of {len(ran)} is {name!r} ({plan.describe()}): {times:.2f} times the time and "
+            f"{energy:.2f} times the energy of the chosen plan."
+        )
+    without = [one.name for one in baselines if one.plan is None or one.why_not]
+    if without:
+        names = enumerate_names([repr(name) for name in without])
+        found.append(f"Baselines without a plan that can run here: {names}.")
+    return found
 
 
 def _left_out(best: Plan, request: PlanningRequest, pool: PoolProfile) -> list[str]:
@@ -115,32 +236,3 @@ def _left_out(best: Plan, request: PlanningRequest, pool: PoolProfile) -> list[s
         f"Left out {why}: {names}. Idle, they draw {format_joules(idle)} a step ({counted} in the energy above); "
         "switching them off saves that."
     ]
-
-
-def _memory(best: Plan) -> list[str]:
-    stages = [str(s) for s in range(best.num_stages) if best.recomputes(s)]
-    if not stages:
-        return []
-    return [
-        f"Activations are computed again in the backward pass of stage {', '.join(stages)} to fit in memory."
-    ]
-
-
-def _estimates(best: Plan, pool: PoolProfile, model: ModelProfile) -> list[str]:
-    notes = []
-    sources: dict[Source, list[str]] = {}
-    for place in best.places():
-        source = pool.device(place.shard.device).mode(place.shard.mode).source
-        if source != "measured":
-            sources.setdefault(source, []).append(place.shard.device)
-    for source, devices in sources.items():
-        notes.append(f"Estimate: the watts of {', '.join(devices)} are {source}, not measured.")
-    kinds = {pool.device(device).kind for device in best.devices}
-    noisy = [row for row in model.timings if row.device_kind in kinds and row.spread > _NOISY_SPREAD]
-    if noisy:
-        worst = max(noisy, key=lambda row: row.spread)
-        notes.append(
-            f"Estimate: {len(noisy)} timings are noisy; the worst is {worst.layer_kind!r} on {worst.device_kind!r} "
-            f"with a spread of {100 * worst.spread:.0f} %."
-        )
-    return notes

@@ -1,23 +1,15 @@
-"""What plans there are, as pure enumerations: groupings of devices, shapes of groups, shares, cuts, schedules."""
+"""What plans there are, as pure enumerations: groupings of devices, shapes of groups, depths, divisors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, combinations, pairwise, permutations, product
-from math import comb
-
-import numpy as np
-import numpy.typing as npt
-
-from colledge.plan import PlanSchedule
-from colledge.planner.request import Family
+from itertools import combinations, combinations_with_replacement, pairwise, permutations, product
+from math import comb, isqrt
 
 Group = tuple[tuple[str, ...], ...]  # replicas of shards
 Layout = tuple[Group, ...]  # stages
-Edges = npt.NDArray[np.int64]
 
-_MOST_OPTIONS = 1000
-_MOST_CUTS = 20000
+_MOST_DEPTHS = 40
 
 
 def ordered_groups(devices: Sequence[str]) -> Iterator[tuple[tuple[str, ...], ...]]:
@@ -59,28 +51,6 @@ def compositions(total: int, parts: int) -> Iterator[tuple[int, ...]]:
         yield tuple(b - a for a, b in pairwise((0, *cuts, total)))
 
 
-def shares(total: int, speeds: Sequence[float], most: int = _MOST_OPTIONS) -> list[tuple[int, ...]]:
-    """Return ways to share `total` units among holders of unequal speed, each at least 1.
-
-    All of them while they are at most `most`; else the proportional one and its neighbours.
-    """
-    parts = len(speeds)
-    if parts > total:
-        return []
-    if comb(total - 1, parts - 1) <= most:
-        return list(compositions(total, parts))
-    centre = proportional(total, speeds)
-    found = {centre}
-    for size in sorted({1, 2, 4, max(1, total // 16)}):
-        for current in list(found) if size < 4 else [centre]:
-            for a, b in permutations(range(parts), 2):
-                if current[a] > size and len(found) < _MOST_OPTIONS:
-                    moved = list(current)
-                    moved[a], moved[b] = moved[a] - size, moved[b] + size
-                    found.add(tuple(moved))
-    return sorted(found)
-
-
 def proportional(total: int, speeds: Sequence[float]) -> tuple[int, ...]:
     """Return `total` units shared in proportion to speed by largest remainder, each share at least 1."""
     spare, all_speed = total - len(speeds), sum(speeds)
@@ -94,54 +64,85 @@ def proportional(total: int, speeds: Sequence[float]) -> tuple[int, ...]:
 
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, smallest first."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
-def layer_cuts(num_layers: int, speeds: Sequence[float]) -> Edges:
-    """Return uneven cuts of the layers as edges [cut, stage]: stage s owns layers [edges[s], edges[s + 1])."""
-    rows = [(0, *accumulate(sizes)) for sizes in shares(num_layers, speeds, most=_MOST_CUTS)]
-    return np.array(rows, dtype=np.int64).reshape(len(rows), len(speeds) + 1)
+def default_depths(num_stages: int, num_microbatches: int) -> tuple[int, ...]:
+    """Return the depths of 1F1B: the stages from here to the end."""
+    return tuple(min(num_stages - s, num_microbatches) for s in range(num_stages))
 
 
-def schedules(num_stages: int, num_microbatches: int) -> list[PlanSchedule]:
-    """Return the schedules that differ: 1F1B, 1F1B with the depth that hides transfers, and GPipe."""
+def depth_vectors(num_stages: int, num_microbatches: int) -> list[tuple[int, ...]]:
+    """Return the warm-up depths to try, plain 1F1B first.
+
+    All that fall toward the last stage while they are few; else those that grow by the same number from stage to
+    stage (1: 1F1B; 2: hides a transfer each way), and GPipe's.
+    """
     if num_stages == 1:
-        return [PlanSchedule()]
-    deep = tuple(2 * (num_stages - s) - 1 for s in range(num_stages))
-    depths = {
-        tuple(min(num_stages - s, num_microbatches) for s in range(num_stages)): PlanSchedule(),
-    }
-    depths.setdefault(tuple(min(d, num_microbatches) for d in deep), PlanSchedule(warmup=deep))
-    depths.setdefault((num_microbatches,) * num_stages, PlanSchedule(name="gpipe"))
-    return list(depths.values())
+        return [(1,)]
+    count = num_microbatches
+    if comb(count + num_stages - 1, num_stages) <= _MOST_DEPTHS:
+        every = combinations_with_replacement(range(count, 0, -1), num_stages)
+        return sorted(every, key=lambda depths: depths != default_depths(num_stages, count))
+    regular = [
+        tuple(min(count, 1 + slope * (num_stages - 1 - s)) for s in range(num_stages)) for slope in (1, 2, 3)
+    ]
+    return list(dict.fromkeys([*regular, (count,) * num_stages]))
 
 
-def family_of(layout: Layout) -> Family:
-    """Return the kind of parallelism of every plan with this layout."""
-    kinds: list[Family] = []
-    if any(len(group) > 1 for group in layout):
-        kinds.append("data")
-    if len(layout) > 1:
-        kinds.append("pipeline")
-    if any(len(group[0]) > 1 for group in layout):
-        kinds.append("tensor")
-    if not kinds:
-        return "single"
-    return kinds[0] if len(kinds) == 1 else "hybrid"
+def layouts(
+    devices: Sequence[str], shard_units: int, classes: dict[str, int], *, every_order: bool = False
+) -> Iterator[Layout]:
+    """Yield every layout of some of the devices, one of each set that differs only by devices that are alike.
 
-
-def layouts(devices: Sequence[str], shard_units: int, classes: dict[str, int]) -> Iterator[Layout]:
-    """Yield every layout of some of the devices, one of each set that differs only by devices that are alike."""
+    Args:
+        devices: Those that may be used.
+        shard_units: The most shards of a replica.
+        classes: Devices of one class are alike.
+        every_order: Whether the order of devices within a group matters even where no rows meet: links differ, so
+            a ring through them is faster one way than another.
+    """
     seen: set[tuple[tuple[tuple[int, ...], ...], ...]] = set()
+    every = _ordered_layouts(devices, shard_units) if every_order else _layouts(devices, shard_units)
+    for layout in every:
+        name = tuple(tuple(tuple(classes[d] for d in replica) for replica in group) for group in layout)
+        if name not in seen:
+            seen.add(name)
+            yield layout
+
+
+def _layouts(devices: Sequence[str], shard_units: int) -> Iterator[Layout]:
     for groups in ordered_groups(devices):
         for shapes in product(*(list(group_shapes(group, shard_units)) for group in groups)):
-            for layout in _replica_orders(shapes):
-                name = tuple(
-                    tuple(tuple(classes[d] for d in replica) for replica in group) for group in layout
-                )
-                if name not in seen:
-                    seen.add(name)
-                    yield layout
+            yield from _replica_orders(shapes)
+
+
+def _ordered_layouts(devices: Sequence[str], shard_units: int) -> Iterator[Layout]:
+    """Yield every arrangement of some of the devices in stages, replicas and shards."""
+    for size in range(1, len(devices) + 1):
+        shapes = list(_shapes(size, shard_units))
+        for order in permutations(devices, size):
+            for shape in shapes:
+                names, stages = iter(order), []
+                for num_replicas, num_shards in shape:
+                    stages.append(
+                        tuple(tuple(next(names) for _ in range(num_shards)) for _ in range(num_replicas))
+                    )
+                yield tuple(stages)
+
+
+def _shapes(size: int, shard_units: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Yield every list of (replicas, shards) a stage that takes `size` devices."""
+    for first in range(1, size + 1):
+        for num_shards in range(1, min(first, shard_units) + 1):
+            if first % num_shards == 0:
+                head = (first // num_shards, num_shards)
+                if first == size:
+                    yield (head,)
+                else:
+                    for rest in _shapes(size - first, shard_units):
+                        yield (head, *rest)
 
 
 def _replica_orders(shapes: tuple[Group, ...]) -> Iterator[Layout]:

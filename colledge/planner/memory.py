@@ -9,7 +9,6 @@ from colledge.errors import OutOfMemoryError
 from colledge.plan import Plan
 from colledge.planner.cost import find_ties, shared_bytes
 from colledge.profiles import ModelProfile, PoolProfile
-from colledge.schedule import plan_schedule
 from colledge.units import format_bytes
 
 _BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
@@ -113,7 +112,7 @@ def plan_memory(
     plan: Plan, pool: PoolProfile, model: ModelProfile, optimizer_state_factor: float
 ) -> dict[str, MemoryParts]:
     """Return what each device of a plan holds, part by part."""
-    memory, schedule = MemoryModel(model, optimizer_state_factor), plan_schedule(plan)
+    memory, depths = MemoryModel(model, optimizer_state_factor), plan.warmup_depths()
     parts = {}
     for place in plan.places():
         stage = plan.stages[place.stage_index]
@@ -121,7 +120,7 @@ def plan_memory(
             layers=stage.layers,
             fraction=place.shard.fraction,
             samples=stage.replicas[place.replica_index].samples,
-            in_flight=schedule.in_flight(place.stage_index),
+            in_flight=depths[place.stage_index],
             recompute=plan.recomputes(place.stage_index),
         )
         parts[place.shard.device] = memory.parts(load, pool.device(place.shard.device).runtime_bytes)

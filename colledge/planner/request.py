@@ -24,7 +24,7 @@ class PlanningRequest(Record):
     only that of the devices that a plan uses.
     """
 
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=1_000_000)
     objective: Objective = "energy"
     deadline_step_s: float | None = Field(default=None, gt=0)
     must_use: tuple[str, ...] = ()

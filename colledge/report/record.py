@@ -39,14 +39,22 @@ class FamilyFigures(Record):
     peak_memory_bytes: int | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> FamilyFigures:
-        """Return the figures of a plan that carries its prediction."""
-        assert plan.prediction is not None, "a family's best plan carries its prediction"
-        peaks = [device.peak_memory_bytes or 0 for device in plan.prediction.devices.values()]
+    def of(cls, plan: Plan, *, marginal: bool = False) -> FamilyFigures:
+        """Return the figures of a plan that carries its prediction.
+
+        Args:
+            plan: The plan.
+            marginal: Whether its energy is that of its own devices alone, not the whole pool's.
+        """
+        figures = plan.prediction
+        assert figures is not None, "a family's best plan carries its prediction"
+        peaks = [device.peak_memory_bytes or 0 for device in figures.devices.values()]
         return cls(
             description=plan.describe(),
-            step_s=plan.prediction.step_s,
-            energy_joules_per_step=plan.prediction.energy_joules_per_step,
+            step_s=figures.step_s,
+            energy_joules_per_step=figures.marginal_energy_joules_per_step
+            if marginal
+            else figures.energy_joules_per_step,
             peak_memory_bytes=max(peaks, default=0) or None,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,10 +10,12 @@ from rich.table import Table
 from rich.text import Text
 
 from colledge.plan import DeviceFigures, Plan
+from colledge.report.planning import NEAR_LIMIT, PlanReport
 from colledge.report.record import FamilyFigures, Report, relative_error
 from colledge.units import format_bytes, format_joules, format_seconds
 
-_BAR_WIDTH = 20
+_BAR_WIDTH = 10
+_THOUSANDS_FROM = 1000
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -49,43 +51,100 @@ def family_table(
             Text(mark + name),
             Text(figures.description),
             format_seconds(figures.step_s),
-            f"{figures.energy_joules_per_step:.3g}",
-            f"{figures.energy_joules_per_step / count:.3g}",
+            _number(figures.energy_joules_per_step),
+            _number(figures.energy_joules_per_step / count),
             f"{ratio:.2f}",
             _bytes_or_dash(figures.peak_memory_bytes),
         )
     return table
 
 
+def baseline_table(report: PlanReport) -> Table:
+    """Return what simpler planners would do, against the chosen plan; one without a plan says why."""
+    table = _table("baseline", "plan", ">step", ">x time", ">J/step", ">x energy")
+    chosen = report.chosen
+    _add_plan(table, "* chosen", chosen, report)
+    for one in report.baselines:
+        if one.figures is not None:
+            _add_plan(table, f"  {one.name}", one.figures, report)
+        if one.why_not:
+            name = "" if one.figures is not None else f"  {one.name}"
+            table.add_row(Text(name), Text(one.why_not), "-", "-", "-", "-")
+    return table
+
+
+def _add_plan(table: Table, name: str, figures: FamilyFigures, report: PlanReport) -> None:
+    time, energy = report.times_chosen(figures)
+    table.add_row(
+        Text(name),
+        Text(figures.description),
+        format_seconds(figures.step_s),
+        _ratio(time),
+        _number(figures.energy_joules_per_step),
+        _ratio(energy),
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < _THOUSANDS_FROM else f"{value:,.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def plan_table(
-    plan: Plan, memory_bytes: Mapping[str, int], figures: Mapping[str, DeviceFigures] | None = None
+    plan: Plan,
+    memory_bytes: Mapping[str, int],
+    figures: Mapping[str, DeviceFigures] | None = None,
+    boundary_bytes: Sequence[int] = (),
 ) -> Table:
-    """Return a plan as a picture: a line a device with its layers, rows and memory.
+    """Return a plan as a picture: stages from top to bottom, a line a device with its layers, rows and memory.
+
+    Columns that would say nothing are left out: power modes and shares where no device has one. A device that is
+    nearly full is marked.
 
     Args:
         plan: The plan.
         memory_bytes: What training may use on each device.
         figures: What each device does in a step; the plan's prediction by default.
+        boundary_bytes: What a micro-batch carries from each stage to the next.
     """
     if figures is None:
         figures = plan.prediction.devices if plan.prediction else {}
-    table = _table("stage", "layers", "device", ">rows", ">share", ">compute", "memory")
+    step_s = plan.prediction.step_s if plan.prediction else 0.0
+    with_modes = any(place.shard.mode for place in plan.places())
+    with_shares = any(stage.num_shards > 1 for stage in plan.stages)
+    columns = ["stage", "layers", "device", "mode", ">rows", ">share", ">computes", "memory"]
+    left_out = {"mode": with_modes, ">share": with_shares}
+    columns = [column for column in columns if left_out.get(column, True)]
+    table = _table(*columns)
     above = -1
     for place in plan.places():
-        stage = plan.stages[place.stage_index]
-        begins = place.stage_index != above
-        above = place.stage_index
-        shard = place.shard
+        stage, shard = plan.stages[place.stage_index], place.shard
+        begins, above = place.stage_index != above, place.stage_index
+        if begins and place.stage_index and boundary_bytes:
+            size = format_bytes(boundary_bytes[place.stage_index - 1])
+            table.add_row("  |", "", f"v {size} a micro-batch", *[""] * (len(columns) - 3), style="dim")
         device = figures.get(shard.device)
-        table.add_row(
-            str(place.stage_index) if begins else "",
-            f"{stage.layers[0]}-{stage.layers[1] - 1}" if begins else "",
-            Text(shard.device + (f" ({shard.mode})" if shard.mode else "")),
-            f"{stage.replicas[place.replica_index].samples} of {plan.microbatch_size}",
-            f"{shard.fraction:.0%}",
-            format_seconds(device.compute_s) if device else "-",
-            _memory_bar(device.peak_memory_bytes if device else None, memory_bytes.get(shard.device)),
-        )
+        again = " again" if plan.recomputes(place.stage_index) else ""
+        computes = "-"
+        if device is not None:
+            share = f" {device.compute_s / step_s:4.0%}" if step_s else ""
+            computes = f"{format_seconds(device.compute_s)}{share}"
+        cells: dict[str, str | Text] = {
+            "stage": str(place.stage_index) if begins else "",
+            "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}{again}" if begins else "",
+            "device": Text(shard.device),
+            "mode": Text(shard.mode or ""),
+            ">rows": f"{stage.replicas[place.replica_index].samples} of {plan.microbatch_size}",
+            ">share": f"{shard.fraction:.0%}",
+            ">computes": computes,
+            "memory": _memory_bar(
+                device.peak_memory_bytes if device else None, memory_bytes.get(shard.device)
+            ),
+        }
+        table.add_row(*(cells[column] for column in columns))
     return table
 
 
@@ -136,8 +195,10 @@ def _bytes_or_dash(num_bytes: int | None) -> str:
     return "-" if num_bytes is None else format_bytes(num_bytes)
 
 
-def _memory_bar(used: int | None, there: int | None) -> str:
+def _memory_bar(used: int | None, there: int | None) -> Text:
     if used is None or there is None:
-        return f"{_bytes_or_dash(used)} of {_bytes_or_dash(there)}"
+        return Text(f"{_bytes_or_dash(used)} of {_bytes_or_dash(there)}")
     filled = min(_BAR_WIDTH, round(_BAR_WIDTH * used / there))
-    return f"{'#' * filled}{'.' * (_BAR_WIDTH - filled)} {format_bytes(used)} of {format_bytes(there)}"
+    bar = f"{'#' * filled}{'.' * (_BAR_WIDTH - filled)} {format_bytes(used)} of {format_bytes(there)}"
+    near = used >= NEAR_LIMIT * there
+    return Text(bar + (" (nearly full)" if near else ""), style="yellow" if near else "")

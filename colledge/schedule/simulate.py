@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
@@ -93,14 +93,29 @@ class Transfer:
     end_s: float
 
 
-@dataclass(frozen=True)
 class Timeline:
     """A simulated step. `spans` and `transfers` are empty unless they were asked for."""
 
-    step_s: float
-    devices: dict[str, DeviceTimes]
-    spans: tuple[Span, ...] = ()
-    transfers: tuple[Transfer, ...] = ()
+    def __init__(self, run: _Run) -> None:
+        self._run = run
+        self.step_s = max(run.clock)
+        self.spans: tuple[Span, ...] = run.spans() if run.record else ()
+        self.transfers: tuple[Transfer, ...] = tuple(run.transfers)
+
+    @property
+    def compute_s(self) -> dict[str, float]:
+        """The seconds that each device of the plan computes: what is known without looking at its waits."""
+        count = self._run.num_microbatches
+        return {
+            device: count * (forward + backward) + update
+            for actor in self._run.actors
+            for device, (forward, backward, update) in zip(actor.devices, actor.own_s, strict=True)
+        }
+
+    @cached_property
+    def devices(self) -> dict[str, DeviceTimes]:
+        """What each device of the plan does; reckoned when it is first asked for."""
+        return self._run.device_times(self.step_s)
 
 
 def simulate(plan: Plan, costs: Costs, *, record: bool = False) -> Timeline:
@@ -117,10 +132,11 @@ def simulate(plan: Plan, costs: Costs, *, record: bool = False) -> Timeline:
     run = _Run(plan, costs, record)
     run.pipeline()
     run.synchronize()
-    return run.timeline()
+    return Timeline(run)
 
 
 _FORWARD, _BACKWARD, _SEND, _RECEIVE, _END = range(5)
+_UPDATE = 2  # in a replica's log
 _CODES = {
     ActionKind.FORWARD: (_FORWARD, 0),
     ActionKind.BACKWARD: (_BACKWARD, 0),
@@ -144,14 +160,43 @@ def _scripts(warmup: tuple[int, ...], num_microbatches: int) -> tuple[Schedule, 
     return schedule, scripts
 
 
+@lru_cache(maxsize=512)
+def _one_by_one(warmup: tuple[int, ...], num_microbatches: int) -> _Script:
+    """Return every (stage, 0 forward or 1 backward, micro-batch), each after all that it waits for."""
+    orders = [
+        [(0 if action.kind is ActionKind.FORWARD else 1, action.microbatch or 0) for action in stage]
+        for stage in compute_order(warmup, num_microbatches)
+    ]
+    last, done = len(orders) - 1, [[0, 0] for _ in orders]
+    position = [0] * len(orders)
+    found: list[tuple[int, int, int]] = []
+    stage = 0
+    while len(found) < 2 * num_microbatches * len(orders):
+        order, at = orders[stage], position[stage]
+        while at < len(order):
+            code, microbatch = order[at]
+            before = stage - 1 if code == _FORWARD else stage + 1
+            if 0 <= before <= last and done[before][code] <= microbatch:
+                break
+            found.append((stage, code, microbatch))
+            done[stage][code] += 1
+            at += 1
+        position[stage] = at
+        stage = stage + 1 if stage < last else 0
+    return tuple(found)
+
+
 @dataclass(slots=True)
 class _Message:
+    """What one replica sends to another for every micro-batch; `sent` has when each entered and arrived."""
+
     medium: int
     occupies_s: float
     latency_s: float
     receiver: int
     source: str
     target: str
+    sent: list[Interval]
 
 
 @dataclass(slots=True)
@@ -173,7 +218,6 @@ class _Run:
     def __init__(self, plan: Plan, costs: Costs, record: bool) -> None:
         self.plan, self.costs, self.record = plan, costs, record
         self.num_microbatches = plan.num_microbatches
-        self.schedule, self.scripts = _scripts(plan.warmup_depths(), plan.num_microbatches)
         self.media: dict[str, int] = {}
         self.actors: list[_Actor] = []
         self.first_actor: list[int] = []
@@ -182,10 +226,24 @@ class _Run:
         for index in range(plan.num_stages - 1):
             self._add_messages(index)
         self.clock = [0.0] * len(self.actors)
-        self.log: list[list[tuple[int, float, float]]] = [[] for _ in self.actors]
+        self.log: list[list[tuple[int, float, float]]] = [
+            [] for _ in self.actors
+        ]  # forward, backward and update
+        self.recorded: list[list[tuple[int, float, float]]] = [
+            [] for _ in self.actors
+        ]  # all, by place in the script
         self.collectives: dict[str, list[Interval]] = {device: [] for device in plan.devices}
-        self.spans: list[Span] = []
         self.transfers: list[Transfer] = []
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """The schedule that the engine runs too."""
+        return _scripts(self.plan.warmup_depths(), self.num_microbatches)[0]
+
+    @cached_property
+    def scripts(self) -> tuple[_Script, ...]:
+        """The actions of each stage."""
+        return _scripts(self.plan.warmup_depths(), self.num_microbatches)[1]
 
     def _add_stage(self, index: int) -> None:
         stage, costs = self.plan.stages[index], self.costs
@@ -230,7 +288,7 @@ class _Run:
             medium = self.media.setdefault(route.medium, len(self.media))
             occupies_s = num_bytes / route.bandwidth_bytes_per_s
             self.actors[sender].messages[direction].append(
-                _Message(medium, occupies_s, route.latency_s, receiver, source, target)
+                _Message(medium, occupies_s, route.latency_s, receiver, source, target, [])
             )
 
     def _contended(self) -> bool:
@@ -256,13 +314,57 @@ class _Run:
         return expected
 
     def pipeline(self) -> None:
-        """Run every replica up to its SYNC; the replica whose clock is behind goes first."""
+        """Run every replica up to its SYNC."""
+        if self.record or self._contended():
+            self._run_by_clock()
+        else:
+            self._run_in_order()
+
+    def _run_in_order(self) -> None:
+        """Run the actions in an order fixed beforehand: where no two replicas share a medium any will do."""
+        arrived_s = [([0.0] * self.num_microbatches, [0.0] * self.num_microbatches) for _ in self.actors]
+        free_s = [0.0] * len(self.media)
+        clock, log = self.clock, self.log
+        by_stage = [
+            [
+                (
+                    number,
+                    self.actors[number].duration_s,
+                    self.actors[number].messages,
+                    arrived_s[number],
+                    log[number],
+                )
+                for number in self._members(stage)
+            ]
+            for stage in range(len(self.plan.stages))
+        ]
+        for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), self.num_microbatches):
+            for number, duration_s, messages, waits_s, entries in by_stage[stage]:
+                start = clock[number]
+                arrival = waits_s[code][microbatch]
+                if arrival > start:
+                    start = arrival
+                end = clock[number] = start + duration_s[code]
+                entries.append((code, start, end))
+                for message in messages[code]:
+                    sent = free_s[message.medium]
+                    if sent < end:
+                        sent = end
+                    free = free_s[message.medium] = sent + message.occupies_s
+                    arrival = free + message.latency_s
+                    message.sent.append((sent, arrival))
+                    slots = arrived_s[message.receiver][code]
+                    if slots[microbatch] < arrival:
+                        slots[microbatch] = arrival
+
+    def _run_by_clock(self) -> None:
+        """Run the actions in order of time; the replica whose clock is behind goes first."""
         count = self.num_microbatches
         expected, arrived_s = self._expected(), [0.0] * (len(self.actors) * 2 * count)
         free_s = [0.0] * len(self.media)
         contended, record = self._contended(), self.record
         position, waits_for = [0] * len(self.actors), [-1] * len(self.actors)
-        clock, collectives = self.clock, self.collectives
+        clock = self.clock
         media_names = list(self.media)
         queue = [(0.0, number) for number in range(len(self.actors))]
         heapify(queue)
@@ -274,7 +376,9 @@ class _Run:
                 code, direction, microbatch = script[at]
                 if code <= _BACKWARD:
                     end = now + actor.duration_s[code]
-                    log.append((at, now, end))
+                    log.append((code, now, end))
+                    if record:
+                        self.recorded[number].append((at, now, end))
                     now = end
                 elif code == _RECEIVE:
                     slot = (number * 2 + direction) * count + microbatch
@@ -284,7 +388,7 @@ class _Run:
                     start = now if waits_for[number] != slot else clock[number]
                     now = max(now, arrived_s[slot])
                     if record:
-                        log.append((at, start, now))
+                        self.recorded[number].append((at, start, now))
                 elif code == _SEND:
                     if contended and queue and queue[0] < (now, number):
                         position[number] = at
@@ -294,8 +398,7 @@ class _Run:
                         start = max(now, free_s[message.medium])
                         free_s[message.medium] = start + message.occupies_s
                         end = start + message.occupies_s + message.latency_s
-                        collectives[message.source].append((start, end))
-                        collectives[message.target].append((start, end))
+                        message.sent.append((start, end))
                         if record:
                             name = media_names[message.medium]
                             self.transfers.append(Transfer(message.source, message.target, name, start, end))
@@ -306,7 +409,7 @@ class _Run:
                         if not expected[slot] and waits_for[other] == slot:
                             heappush(queue, (max(clock[other], arrived_s[slot]), other))
                     if record:
-                        log.append((at, now, now))
+                        self.recorded[number].append((at, now, now))
                 else:
                     clock[number] = now
                     break
@@ -334,13 +437,19 @@ class _Run:
                 self._collective(members, [group], [self.costs.tie_s(tie, group)])
         for number, actor in enumerate(self.actors):
             stage = stages[actor.stage]
-            start, last = self.clock[number], len(self.scripts[actor.stage]) - 1
+            start = self.clock[number]
             updates = [
                 self.costs.update_s(stage.layers, shard) for shard in stage.replicas[actor.index].shards
             ]
             actor.own_s = tuple((*own, update) for own, update in zip(actor.own_s, updates, strict=True))
             self.clock[number] = start + max(updates)
-            self.log[number] += [(last - 1, reached[number], start), (last, start, self.clock[number])]
+            self.log[number].append((_UPDATE, start, self.clock[number]))
+            if self.record:
+                last = len(self.scripts[actor.stage]) - 1
+                self.recorded[number] += [
+                    (last - 1, reached[number], start),
+                    (last, start, self.clock[number]),
+                ]
 
     def _members(self, stage: int) -> list[int]:
         first = self.first_actor[stage]
@@ -360,36 +469,39 @@ class _Run:
         for number in members:
             self.clock[number] = start + max(durations)
 
-    def timeline(self) -> Timeline:
-        """Return what happened."""
-        step_s = max(self.clock)
+    def device_times(self, step_s: float) -> dict[str, DeviceTimes]:
+        """Return what each device did in a step of that length."""
+        talks = self.collectives
+        for actor in self.actors:
+            for message in (*actor.messages[0], *actor.messages[1]):
+                talks[message.source] += message.sent
+                talks[message.target] += message.sent
         devices: dict[str, DeviceTimes] = {}
-        for number, actor in enumerate(self.actors):
-            script, log = self.scripts[actor.stage], self.log[number]
-            last = len(script) - 1
-            for k, device in enumerate(actor.devices):
-                own, talking, computing = actor.own_s[k], self.collectives[device], []
-                for at, start, end in log:
-                    code = script[at][0]
-                    if code <= _BACKWARD:
-                        computing.append((start, start + own[code]))
-                        reduce_start = start + actor.slowest_s[code]
-                        if end > reduce_start and len(actor.devices) > 1:
-                            talking.append((reduce_start, end))
-                    elif at == last:
-                        computing.append((start, start + own[2]))
+        for actor, log in zip(self.actors, self.log, strict=True):
+            sharded = len(actor.devices) > 1
+            for device, own, talking in zip(
+                actor.devices, actor.own_s, map(talks.__getitem__, actor.devices), strict=True
+            ):
+                if sharded:
+                    computing = [(start, start + own[code]) for code, start, _ in log]
+                    for code, start, end in log:
+                        if code != _UPDATE and end > start + actor.slowest_s[code]:
+                            talking.append((start + actor.slowest_s[code], end))
+                else:
+                    computing = [(start, end) for _, start, end in log]
                 compute_s = sum(end - start for start, end in computing)
                 communicate_s = min(_length_outside(talking, computing), max(0.0, step_s - compute_s))
                 devices[device] = DeviceTimes(
                     compute_s, communicate_s, max(0.0, step_s - compute_s - communicate_s)
                 )
-        return Timeline(step_s, devices, self._spans() if self.record else (), tuple(self.transfers))
+        return devices
 
-    def _spans(self) -> tuple[Span, ...]:
+    def spans(self) -> tuple[Span, ...]:
+        """Return every action of every replica, as recorded."""
         return tuple(
             Span(self.schedule.stages[actor.stage][at], actor.index, start, end)
-            for actor, log in zip(self.actors, self.log, strict=True)
-            for at, start, end in log
+            for actor, entries in zip(self.actors, self.recorded, strict=True)
+            for at, start, end in entries
         )
 
 

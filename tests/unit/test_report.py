@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +26,10 @@ from colledge.report import (
     energy_by_cause,
     read_metrics,
 )
-from colledge.report.html import Bar, render, timeline_bars
+from colledge.report.charts import Bar, timeline_bars
+from colledge.report.html import render
 from colledge.report.tables import comparison_table, family_table, plan_table
-from colledge.schedule import Action, Span, Timeline, Transfer
+from colledge.schedule import Action, Span, Transfer
 
 
 def figures(step_s: float, energy: float = 2.0, source: str = "modelled", **more: Any) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def test_the_family_table_ranks_by_energy_and_marks_the_choice(report: Report) -
 
 def test_the_plan_table_shows_stages_and_memory(plan: Plan) -> None:
     text = text_of(plan_table(plan, {"desk": 18 * 10**8}))
-    assert re.search(r"0 +0-2 +desk +4 of 4 +100% +225 ms +#{10}\.{10} 900 MB of 1.8 GB", text)
+    assert re.search(r"0 +0-2 +desk +4 of 4 +225 ms +50% +#{5}\.{5} 900 MB of 1.8 GB", text)
     assert re.search(r"1 +3-3 +pi ", text)
 
 
@@ -342,9 +344,7 @@ def test_the_page_has_every_part(report: Report) -> None:
 def test_a_simulated_step_becomes_bars(plan: Plan) -> None:
     spans = [("F0@0", 0.0, 0.2), ("SEND_F0@0", 0.2, 0.2), ("RECV_F0@1", 0.0, 0.3), ("F0@1", 0.3, 0.4),
              ("SYNC@1", 0.4, 0.4), ("STEP@1", 0.4, 0.5)]  # fmt: skip
-    timeline = Timeline(
-        step_s=0.5,
-        devices={},
+    timeline: Any = SimpleNamespace(
         spans=tuple(Span(Action.parse(text), 0, start_s, end_s) for text, start_s, end_s in spans),
         transfers=(Transfer("desk", "pi", "desk->pi", 0.2, 0.3),),
     )

@@ -1,0 +1,138 @@
+"""The what-if options of `colledge plan`: from what was typed to other inputs for the planner. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
+
+from colledge.errors import ConfigError
+from colledge.launch.planning import PlanningInputs
+from colledge.planner.whatif import Changed, add_devices, apply_changes, remove_devices, set_bandwidth
+from colledge.profiles import DeviceProfile, PoolProfile
+from colledge.profiles.catalog import catalog_device
+from colledge.units import parse_bytes_per_s, parse_grams_per_kwh, parse_price_per_kwh, parse_seconds
+
+_MOST_ADDED = 1000
+
+ValueT = TypeVar("ValueT", int, float)
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """The options as they were typed."""
+
+    without: Sequence[str] = ()
+    added: Sequence[str] = ()
+    bandwidths: Sequence[str] = ()
+    deadline: str | None = None
+    deadline_step: str | None = None
+    steps: int | None = None
+    electricity: str | None = None
+    carbon: str | None = None
+
+    @property
+    def supposes(self) -> bool:
+        """Whether the plan is for another pool or deadline than the files say."""
+        return bool(self.without or self.added or self.bandwidths or self.deadline or self.deadline_step)
+
+
+def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
+    """Return what to plan from under the options: devices go, then come, then links change.
+
+    Raises:
+        ConfigError: An option is malformed, or names what is not there.
+    """
+    changed = apply_changes(inputs.pool, _changes(options))
+    steps = options.steps or inputs.steps
+    limit_s = _step_limit_s(options, steps)
+    request = inputs.request
+    if limit_s is not None:
+        request = request.model_copy(update={"deadline_step_s": limit_s})
+    return replace(
+        inputs,
+        pool=changed.pool,
+        request=request,
+        steps=steps,
+        price_per_kwh=_parsed("--electricity", options.electricity, parse_price_per_kwh),
+        carbon_grams_per_kwh=_parsed("--carbon", options.carbon, parse_grams_per_kwh),
+        notes=(*inputs.notes, *changed.notes),
+    )
+
+
+def _changes(options: WhatIf) -> list[Callable[[PoolProfile], Changed]]:
+    changes: list[Callable[[PoolProfile], Changed]] = []
+    if options.without:
+        changes.append(partial(remove_devices, ids=options.without))
+    changes += [_addition(text) for text in options.added]
+    for text in options.bandwidths:
+        name, equals, rate = text.rpartition("=")
+        if not equals:
+            raise ConfigError(
+                f"--bandwidth {text!r} has no '='.",
+                fix="write a segment or a link and its bandwidth, such as 'wifi=50 Mbit/s' or 'a->b=1 Gbit/s'.",
+            )
+        bytes_per_s = _parsed("--bandwidth", rate, parse_bytes_per_s)
+        assert bytes_per_s is not None
+        changes.append(partial(set_bandwidth, name=name.strip(), bytes_per_s=bytes_per_s))
+    return changes
+
+
+def _addition(text: str) -> Callable[[PoolProfile], Changed]:
+    """Return the change that `catalog:KIND[:COUNT]` or `pool:KIND[:COUNT]` means."""
+    origin, _, rest = text.partition(":")
+    kind, _, number = rest.partition(":")
+    count = int(number) if number.isascii() and number.isdigit() and len(number) < 9 else 0
+    if not number and not text.endswith(":"):
+        count = 1
+    if origin not in ("catalog", "pool") or not kind or not 1 <= count <= _MOST_ADDED:
+        raise ConfigError(
+            f"--with {text!r} is not known.",
+            fix=f"write catalog:KIND:COUNT or pool:KIND:COUNT with a count of 1 to {_MOST_ADDED}, such as "
+            "catalog:jetson-orin-nano:2.",
+        )
+
+    def add(pool: PoolProfile) -> Changed:
+        template = catalog_device(kind).profile(kind) if origin == "catalog" else _of_kind(pool, kind)
+        return add_devices(pool, template, count)
+
+    return add
+
+
+def _of_kind(pool: PoolProfile, kind: str) -> DeviceProfile:
+    for device in pool.devices:
+        if device.kind == kind:
+            return device
+    there = ", ".join(dict.fromkeys(device.kind for device in pool.devices))
+    raise ConfigError(
+        f"the pool has no device of kind {kind!r}.", fix=f"use one of {there}, or catalog:KIND."
+    )
+
+
+def _step_limit_s(options: WhatIf, steps: int | None) -> float | None:
+    """Return the longest step that keeps both deadlines, in seconds."""
+    limits = []
+    run_s = _parsed("--deadline", options.deadline, parse_seconds)
+    if run_s is not None:
+        if steps is None:
+            raise ConfigError(
+                "--deadline is for the whole run, and its steps are not known.",
+                fix="give --steps N too, or --deadline-step for one step.",
+            )
+        limits.append(run_s / steps)
+    step_s = _parsed("--deadline-step", options.deadline_step, parse_seconds)
+    if step_s is not None:
+        limits.append(step_s)
+    if limits and min(limits) <= 0:
+        raise ConfigError("a deadline is 0 s, wanted more.", fix="give a longer one, such as 8h.")
+    return min(limits, default=None)
+
+
+def _parsed(option: str, text: str | None, parse: Callable[[object], ValueT]) -> ValueT | None:
+    if text is None:
+        return None
+    try:
+        return parse(text.strip())
+    except ValueError as fault:
+        raise ConfigError(f"{option}: {fault}.", fix="see `colledge plan --help` for an example.") from None

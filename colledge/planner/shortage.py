@@ -1,0 +1,165 @@
+"""When nothing fits: the plan that comes closest, who lacks how many bytes under it, and what would make it fit.
+
+Closest is the smallest worst lack over pipelines (every order of a few devices, by memory of many; cuts where the
+worst lack is least) and one replica sharded over all devices, with one row a micro-batch and recomputation on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+
+from colledge.errors import OutOfMemoryError
+from colledge.planner.layouts import proportional
+from colledge.planner.memory import Load, MemoryModel, MemoryParts, out_of_memory
+from colledge.planner.request import PlanningRequest
+from colledge.profiles import DeviceProfile, ModelProfile
+
+_MOST_PERMUTED = 5
+_LORA_SHARE = 100  # adapters train about a hundredth of the weights
+
+
+@dataclass(frozen=True)
+class Lack:
+    """The device that lacks most under the plan that comes closest; negative bytes are to spare."""
+
+    device: DeviceProfile
+    parts: MemoryParts
+
+    @property
+    def lacking_bytes(self) -> int:
+        """The bytes that are missing."""
+        return self.parts.total_bytes - self.device.memory_bytes
+
+
+def closest(
+    devices: Sequence[DeviceProfile], model: ModelProfile, state_factor: float, must_use: frozenset[str]
+) -> Lack:
+    """Return the worst lack under the plan that comes closest to fitting."""
+    memory = MemoryModel(model, state_factor)
+    found = [_pipeline(order, model, memory) for order in _orders(devices, must_use, len(model.layers))]
+    if 1 < len(devices) <= model.shard_units:
+        found.append(_sharded(devices, model, memory))
+    return min(found, key=lambda lack: lack.lacking_bytes)
+
+
+def nothing_fits(
+    devices: Sequence[DeviceProfile], model: ModelProfile, request: PlanningRequest
+) -> OutOfMemoryError | None:
+    """Return the error that says who lacks what and which change would make the model fit; None if memory suffices."""
+    must_use, factor = frozenset(request.must_use), request.optimizer_state_factor
+    lack = closest(devices, model, factor, must_use)
+    if lack.lacking_bytes <= 0:
+        return None
+    prefix = (
+        "no plan fits in memory. In the one that comes closest (micro-batches of one row, recomputation on), "
+    )
+    error = out_of_memory(lack.device.id, lack.parts, lack.device.memory_bytes, prefix)
+
+    def helps(some: Sequence[DeviceProfile], changed: ModelProfile, state_factor: float) -> bool:
+        return closest(some, changed, state_factor, must_use).lacking_bytes <= 0
+
+    helpful = list(_remedies(devices, model, factor, helps))
+    if helpful:
+        fix = f"this would make it fit: {'; or '.join(helpful)}."
+    else:
+        fix = "neither LoRA, nor SGD, nor one more device of a kind that is there is enough alone: take a smaller "
+        fix += "model or shorter rows, or several more devices."
+    return OutOfMemoryError(error.message, fix=fix)
+
+
+def _remedies(
+    devices: Sequence[DeviceProfile],
+    model: ModelProfile,
+    factor: float,
+    helps: Callable[[Sequence[DeviceProfile], ModelProfile, float], bool],
+) -> Iterator[str]:
+    """Yield the single changes that were checked to be enough."""
+    if factor > 0 and helps(devices, model, 0.0):
+        yield "an optimizer without state (SGD without momentum)"
+    adapters = model.model_copy(
+        update={
+            "layers": tuple(
+                layer.model_copy(
+                    update={"trainable_parameter_bytes": layer.trainable_parameter_bytes // _LORA_SHARE}
+                )
+                for layer in model.layers
+            )
+        }
+    )
+    if helps(devices, adapters, factor):
+        yield f"LoRA (reckoned with 1/{_LORA_SHARE} of the weights trained)"
+    kinds: dict[str, DeviceProfile] = {}
+    for device in devices:
+        if device.kind not in kinds or device.memory_bytes > kinds[device.kind].memory_bytes:
+            kinds[device.kind] = device
+    for kind, device in kinds.items():
+        if helps([*devices, device.model_copy(update={"id": f"{device.id}-more"})], model, factor):
+            yield f"one more device like {device.id!r} ({kind})"
+            break
+
+
+def _orders(
+    devices: Sequence[DeviceProfile], must_use: frozenset[str], most_stages: int
+) -> Iterator[tuple[DeviceProfile, ...]]:
+    by_memory = sorted(devices, key=lambda d: (d.id not in must_use, d.runtime_bytes - d.memory_bytes))
+    if len(devices) <= _MOST_PERMUTED:
+        for size in range(max(1, len(must_use)), min(len(devices), most_stages) + 1):
+            for order in permutations(devices, size):
+                if must_use <= {d.id for d in order}:
+                    yield order
+        return
+    for size in range(max(1, len(must_use)), min(len(devices), most_stages) + 1):
+        yield tuple(by_memory[:size])
+        yield tuple(reversed(by_memory[:size]))
+
+
+def _pipeline(order: Sequence[DeviceProfile], model: ModelProfile, memory: MemoryModel) -> Lack:
+    """Return the worst lack of the pipeline over these devices whose worst lack is least."""
+    num_layers, num_stages = len(model.layers), len(order)
+    best = np.full(num_layers + 1, np.inf)
+    best[0] = -np.inf
+    came = np.zeros((num_stages, num_layers + 1), dtype=int)
+    known: list[dict[tuple[int, int], MemoryParts]] = []
+    for s, device in enumerate(order):
+        fresh, parts = np.full(num_layers + 1, np.inf), {}
+        for stop in range(s + 1, num_layers - (num_stages - 1 - s) + 1):
+            for start in range(s, stop):
+                if np.isinf(best[start]) and start > 0:
+                    continue
+                load = min(
+                    (
+                        memory.parts(Load((start, stop), 1.0, 1, num_stages - s, flag), device.runtime_bytes)
+                        for flag in (False, True)
+                    ),
+                    key=lambda p: p.total_bytes,
+                )
+                worst = max(best[start], load.total_bytes - device.memory_bytes)
+                if worst < fresh[stop]:
+                    fresh[stop], came[s, stop] = worst, start
+                parts[(start, stop)] = load
+        best = fresh
+        known.append(parts)
+    stop, lacks = num_layers, []
+    for s in range(num_stages - 1, -1, -1):
+        start = int(came[s, stop])
+        lacks.append(Lack(order[s], known[s][(start, stop)]))
+        stop = start
+    return max(lacks, key=lambda lack: lack.lacking_bytes)
+
+
+def _sharded(devices: Sequence[DeviceProfile], model: ModelProfile, memory: MemoryModel) -> Lack:
+    """Return the worst lack of one replica sharded over all devices in proportion to their memory."""
+    units = proportional(model.shard_units, [float(d.memory_bytes) for d in devices])
+    whole = (0, len(model.layers))
+    lacks = [
+        Lack(
+            device,
+            memory.parts(Load(whole, u / model.shard_units, 1, 1, True), device.runtime_bytes),
+        )
+        for device, u in zip(devices, units, strict=True)
+    ]
+    return max(lacks, key=lambda lack: lack.lacking_bytes)

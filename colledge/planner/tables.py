@@ -1,0 +1,193 @@
+"""Numbers that the search asks for again and again, as arrays: seconds, bytes and watts of each class of devices.
+
+A class is a set of devices that can be exchanged without changing any plan's figures. Everything here comes from
+`PoolCosts` and `MemoryModel`; nothing decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from colledge.errors import ConfigError
+from colledge.planner.cost import PoolCosts, find_ties, shared_bytes
+from colledge.planner.draft import StageDraft
+from colledge.planner.layouts import Group
+from colledge.planner.request import PlanningRequest
+from colledge.profiles import PowerMode, Route
+
+Array = npt.NDArray[np.float64]
+MOST_ROWS = 4096  # of one replica in one micro-batch
+
+
+def device_classes(costs: PoolCosts, devices: Sequence[str], marked: Sequence[str] = ()) -> dict[str, int]:
+    """Return a class for each device; devices of one class can be exchanged without changing any plan's figures.
+
+    Args:
+        costs: Answers routes.
+        devices: Those that may be used.
+        marked: Devices that the request names; they are alike only among themselves.
+    """
+    pool = costs.pool
+
+    def look(a: str, b: str) -> tuple[float, float, str] | None:
+        route = find_route(costs, a, b)
+        if route is None:
+            return None
+        private = route.medium == f"{a}->{b}"
+        return (route.latency_s, route.bandwidth_bytes_per_s, "" if private else route.medium)
+
+    # Devices without links of their own are told apart by the segments that hold them.
+    linked = {end for link in pool.links for end in (link.source, link.target)}
+    segments = {d: tuple(s.name for s in pool.segments if d in s.devices) for d in devices}
+
+    def same(a: str, b: str) -> bool:
+        one, two = pool.device(a), pool.device(b)
+        return one.model_copy(update={"id": b}) == two and (a in marked) == (b in marked)
+
+    def alike(a: str, b: str) -> bool:
+        if not same(a, b):
+            return False
+        if a not in linked and b not in linked:
+            return segments[a] == segments[b]
+        others = [d for d in devices if d not in (a, b)]
+        return look(a, b) == look(b, a) and all(
+            look(a, c) == look(b, c) and look(c, a) == look(c, b) for c in others
+        )
+
+    classes: dict[str, int] = {}
+    representatives: list[str] = []
+    for device in devices:
+        for number, other in enumerate(representatives):
+            if alike(device, other):
+                classes[device] = number
+                break
+        else:
+            classes[device] = len(representatives)
+            representatives.append(device)
+    return classes
+
+
+def find_route(costs: PoolCosts, a: str, b: str) -> Route | None:
+    """Return the route between two devices, or None where nothing joins them."""
+    try:
+        return costs.route(a, b)
+    except ConfigError:
+        return None
+
+
+class Tables:
+    """Arrays over layers [0, i), i = 0 .. num_layers, for one pool, model and request."""
+
+    def __init__(self, costs: PoolCosts, request: PlanningRequest) -> None:
+        self.costs, self.request = costs, request
+        self.pool, self.model = costs.pool, costs.model
+        self.num_layers = len(self.model.layers)
+        self.units = self.model.shard_units
+        self._bytes()
+        self._devices = {device.id: device for device in self.pool.devices}
+        self.seconds = lru_cache(maxsize=None)(self._seconds)
+        self.modes = lru_cache(maxsize=None)(self._modes)
+
+    def _bytes(self) -> None:
+        """Sum bytes of layers [0, i); rows: layers that split over shards, layers that every shard holds whole."""
+        layers = self.model.layers
+        never_synced, held_twice = [0] * len(layers), [(0, 0)] * len(layers)
+        for a, b in self.costs.ties:
+            trained = shared_bytes(layers, (a, b))[1]
+            never_synced[a] += trained
+            never_synced[b] += trained
+        for tie in find_ties(layers):
+            shared, trained = shared_bytes(layers, tie)
+            held_twice[tie[1]] = (held_twice[tie[1]][0] + shared, held_twice[tie[1]][1] + trained)
+        optimizer = 1 + self.request.optimizer_state_factor
+        synced, static, saved = [], [], []
+        for i, layer in enumerate(layers):
+            trains = layer.trainable_parameter_bytes
+            synced.append(max(0, trains - never_synced[i]))
+            shared, trained = held_twice[i]
+            static.append(layer.parameter_bytes - shared + optimizer * (trains - trained))
+            saved.append(layer.saved_bytes_per_sample)
+        split = [layer.tensor is not None for layer in layers]
+        self.synced_bytes, self.static_bytes, self.saved_bytes = (
+            np.array(
+                [
+                    list(accumulate((x if s else 0 for x, s in zip(sizes, split, strict=True)), initial=0)),
+                    list(accumulate((0 if s else x for x, s in zip(sizes, split, strict=True)), initial=0)),
+                ],
+                dtype=float,
+            )
+            for sizes in (synced, static, saved)
+        )
+        self.out_bytes = np.array([self.costs.boundary_bytes(i) for i in range(len(layers))], dtype=float)
+
+    def _modes(self, device: str) -> tuple[tuple[str | None, PowerMode], ...]:
+        """Return the power modes in which a device's times are known, the first mode as None."""
+        profile = self._devices[device]
+        first, *others = profile.modes
+        known = [(mode.name, mode) for mode in others if self.costs.has_mode(device, mode.name)]
+        return ((None, first), *known)
+
+    def _seconds(self, device: str, mode: str | None, fraction: float, most: int) -> tuple[Array, Array]:
+        """Return forward and backward seconds of layers [0, i) for y rows, as arrays [y, i], y = 0 .. most."""
+        profile = self._devices[device]
+        name = mode or profile.modes[0].name
+        forward = np.zeros((most + 1, self.num_layers + 1))
+        backward = np.zeros_like(forward)
+        for rows in range(1, most + 1):
+            forward[rows], backward[rows] = self.costs.prefix_s(profile.kind, name, rows, fraction)
+        return forward, backward
+
+    def busy_s(
+        self, device: str, mode: str | None, layers: tuple[int, int], rows: int, fraction: float
+    ) -> float:
+        """Return forward plus backward seconds of one micro-batch's rows."""
+        if rows == 0:
+            return 0.0
+        profile = self._devices[device]
+        forward, backward = self.costs.prefix_s(profile.kind, mode or profile.modes[0].name, rows, fraction)
+        start, stop = layers
+        return forward[stop] - forward[start] + backward[stop] - backward[start]
+
+    def replica_s(self, stage: StageDraft, index: int, rows: int | None = None) -> float:
+        """Return the forward plus backward seconds of a replica for a micro-batch, all-reduces included."""
+        rows = stage.samples[index] if rows is None else rows
+        if rows == 0:
+            return 0.0
+        replica, total = stage.group[index], sum(stage.units)
+        slowest = max(
+            self.busy_s(device, mode, stage.layers, rows, units / total)
+            for device, mode, units in zip(replica, stage.modes[index], stage.units, strict=True)
+        )
+        return slowest + sum(self.costs.inner_allreduce_s(stage.layers, replica, rows))
+
+    def memory_rows(
+        self, device: str, layers: tuple[int, int], depth: int, fraction: float, recompute: bool
+    ) -> int:
+        """Return the most rows of a micro-batch that a device can hold, at least 0; -1 if not even the weights fit."""
+        start, stop = layers
+        profile = self._devices[device]
+        static = self.static_bytes[:, stop] - self.static_bytes[:, start]
+        saved = self.saved_bytes[:, stop] - self.saved_bytes[:, start]
+        room = profile.memory_bytes - profile.runtime_bytes - (fraction * static[0] + static[1])
+        if room < 0:
+            return -1
+        kept = fraction * saved[0] + saved[1]
+        into = self.out_bytes[start - 1] if start > 0 else 0.0
+        out = self.out_bytes[stop - 1] if stop < self.num_layers else 0.0
+        each = (depth * into + kept if recompute else depth * kept) + 4 * into + (2 + depth) * out
+        return MOST_ROWS if each <= 0 else int(min(MOST_ROWS, room // each))
+
+    def joined(self, group: Group) -> bool:
+        """Return whether the devices of a stage that have to talk to each other can."""
+        rings = [*group, *zip(*group, strict=True)]
+        return all(
+            find_route(self.costs, a, b) is not None
+            for ring in rings
+            if len(ring) > 1
+            for a, b in zip(ring, (*ring[1:], ring[0]), strict=True)
+        )
