@@ -80,7 +80,7 @@ def _one_machine(
     best: Plan, families: Mapping[str, Plan], request: PlanningRequest, costs: PoolCosts
 ) -> list[str]:
     if best.family != "single":
-        if "single" in families or any(_holds(device.id, costs, request) for device in costs.pool.devices):
+        if "single" in families or any(_holds(device, costs, request) for device in _different(costs.pool)):
             return []
         return ["No single device can hold this model; only a pool can train it."]
     others = [plan for name, plan in families.items() if name != "single"]
@@ -91,6 +91,11 @@ def _one_machine(
         f"The pool is worse than one machine here: {best.devices[0]} alone takes {_figures(best, request)}, "
         f"the best plan of several devices ({rival.describe()}) {_figures(rival, request)}."
     ]
+
+
+def _different(pool: PoolProfile) -> list[str]:
+    """Return one device of each amount of memory."""
+    return list({(d.memory_bytes, d.runtime_bytes): d.id for d in pool.devices}.values())
 
 
 def _holds(device: str, costs: PoolCosts, request: PlanningRequest) -> bool:

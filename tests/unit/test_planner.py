@@ -26,6 +26,7 @@ from colledge.planner import (
 )
 from colledge.planner.bounds import lower_bounds
 from colledge.planner.cost import interpolate
+from colledge.planner.draft import make_plan as draft_plan
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
 from colledge.planner.layouts import compositions, depth_vectors, layouts, proportional
@@ -381,18 +382,26 @@ def test_every_bound_is_below_every_simulated_plan(
     for _ in range(40):
         layout, size, cuts, scores = pick.choice(skeletons)
         at = pick.randrange(len(cuts))
-        found = exact.bound_drafts(layout, size, cuts[at])
-        assert found is not None
-        step_s, joules, shape = found
+        bounded = exact.bound_drafts(layout, size, cuts[at])
+        assert bounded is not None
+        step_s, joules, shape = bounded
         choice = pick.choice([i for i, t in enumerate(step_s) if np.isfinite(t)])
         for draft in exact.drafts(layout, size, cuts[at], np.unravel_index(choice, shape)):
-            seen = judge.judge(draft)
-            assert seen is not None
+            seen = predict(draft_plan(draft, len(model.layers), 4), pool, model)
+            energy = seen.energy_joules_per_step
+            if accounting == "marginal":
+                energy = seen.marginal_energy_joules_per_step
             assert bounds.step_s <= seen.step_s * (1 + 1e-9)
-            assert bounds.energy_joules_per_step <= seen.energy_joules * (1 + 1e-9) + 1e-9
-            assert step_s[choice] <= seen.step_s * (1 + 1e-9)
-            assert joules[choice] <= seen.energy_joules * (1 + 1e-9) + 1e-12
+            assert bounds.energy_joules_per_step <= energy * (1 + 1e-9) + 1e-9
+            closed_s, closed_joules = judge.bound(draft)
+            for low_s, low_joules in ((step_s[choice], joules[choice]), (closed_s, closed_joules)):
+                assert low_s <= seen.step_s * (1 + 1e-9)
+                assert low_joules <= energy * (1 + 1e-9) + 1e-12
             assert scores[at][1] <= joules[choice] * (1 + 1e-9) + 1e-12
+            found = judge.judge(draft)
+            assert found is not None
+            assert found.step_s == seen.step_s
+            assert found.energy_joules <= energy * (1 + 1e-9)
 
 
 def test_the_closed_form_is_exact_where_nothing_waits() -> None:

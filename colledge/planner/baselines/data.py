@@ -2,7 +2,7 @@
 
 Re-implementations. Equal shares are what torch's DistributedDataParallel does (Li et al., VLDB 2020, arXiv
 2006.15704), equal here up to one row. Shares in proportion to speed, by largest remainder and at least one row
-each, are what heterogeneity-aware data parallelism does (such as BOA / LB-BSP, Chen et al., SoCC 2020).
+each, are what heterogeneity-aware data parallelism does (such as LB-BSP, Chen et al., SoCC 2020).
 """
 
 from __future__ import annotations
