@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations, combinations_with_replacement, pairwise, product
-from math import comb, inf, prod
+from math import comb, prod
 
 import numpy as np
 import numpy.typing as npt
 
 from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
 from colledge.planner.draft import Draft, StageDraft
-from colledge.planner.judge import EQUAL, Found, Judge, Score, better
+from colledge.planner.judge import EQUAL, Found, Judge, better
 from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, divisors, layouts
 from colledge.planner.request import Objective
 from colledge.planner.tables import Array, Tables, find_route
@@ -30,7 +30,7 @@ from colledge.planner.tables import Array, Tables, find_route
 _MOST_DEVICES = 4
 _MOST_OPTIONS = 20_000  # of one stage
 _MOST_DRAFTS = 400_000  # of one skeleton
-_MOST_CUTS = 20_000
+_MOST_SKELETONS = 100_000
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Stage:
-    """The bounds of one stage over its options, and `floor`, the least of each."""
+    """The bounds of one stage over its options, and `floor`, the least of each field."""
 
     arrays: StageArrays
     watts: Array
-    floor: StageArrays
+    floor: tuple[float, ...]
     floor_watts: float
 
 
@@ -91,7 +91,10 @@ class Exact:
 
     def applies(self) -> bool:
         """Return whether the pool is small enough to be worth a try."""
-        return len(self.devices) <= _MOST_DEVICES
+        if len(self.devices) > _MOST_DEVICES:
+            return False
+        cuts = [comb(self.tables.num_layers - 1, len(layout) - 1) for layout in self._layouts()]
+        return sum(cuts) * len(divisors(self.batch)) <= _MOST_SKELETONS
 
     def improve(self, best: Found | None, objective: Objective, most_work: int) -> Found | None:
         """Return the best draft of all; `complete` says whether nothing was left open.
@@ -102,49 +105,61 @@ class Exact:
             most_work: Simulated actions to give up at.
         """
         stop = self.judge.work + most_work
-        skeletons = [
-            (score, layout, size, cut)
-            for layout, size, cuts, scores in self.skeletons(objective)
-            for cut, score in zip(cuts, scores, strict=True)
-            if score[1] < inf
-        ]
-        skeletons.sort(key=lambda entry: entry[0])
-        for score, layout, size, cut in skeletons:
-            if not self._can_win(score, best, objective):
+        open_: list[tuple[int, float, Layout, int, tuple[int, ...]]] = []
+        for layout, size, cuts, late, value in self.skeletons(objective):
+            for cut in np.flatnonzero(np.isfinite(value)):
+                bound = int(late[cut]), float(value[cut])
+                if self._can_win(bound, best, objective):
+                    open_.append((*bound, layout, size, cuts[cut]))
+        for late_, value_, layout, size, edges in sorted(open_, key=lambda entry: entry[:2]):
+            if not self._can_win((late_, value_), best, objective):
                 break
             if self.judge.work > stop:
                 self.complete = False
                 break
-            best = self._try(layout, size, cut, objective, best)
+            best = self._try(layout, size, edges, objective, best)
         return best
 
-    def _can_win(self, bound: Score, best: Found | None, objective: Objective) -> bool:
+    def _can_win(self, bound: tuple[int, float], best: Found | None, objective: Objective) -> bool:
         if best is None:
             return True
         score = self.judge.score(best, objective)
-        return (bound[0], bound[1]) < (score[0], score[1] * (1 - EQUAL))
+        return bound < (score[0], score[1] * (1 - EQUAL))
 
     # -- skeletons -------------------------------------------------------------------------------------------
 
+    def _layouts(self) -> Iterator[Layout]:
+        must_use = set(self.tables.request.must_use)
+        for layout in layouts(
+            self.devices, self.tables.units, self.classes, every_order=not self._links_alike()
+        ):
+            used = {device for group in layout for replica in group for device in replica}
+            if must_use <= used and len(layout) <= self.tables.num_layers and self._joined(layout):
+                yield layout
+
     def skeletons(
         self, objective: Objective
-    ) -> Iterator[tuple[Layout, int, list[tuple[int, ...]], list[Score]]]:
-        """Yield every layout and micro-batch size with all cuts and their bounds."""
-        must_use = set(self.tables.request.must_use)
-        num_layers, whole_links = self.tables.num_layers, self._links_alike()
-        for layout in layouts(self.devices, self.tables.units, self.classes, every_order=not whole_links):
-            used = {device for group in layout for replica in group for device in replica}
-            if not must_use <= used or len(layout) > num_layers or not self._joined(layout):
-                continue
-            if comb(num_layers - 1, len(layout) - 1) > _MOST_CUTS:
-                self.complete = False
-                continue
-            cuts = [(0, *c, num_layers) for c in _inner_cuts(num_layers, len(layout))]
+    ) -> Iterator[tuple[Layout, int, list[tuple[int, ...]], npt.NDArray[np.bool_], Array]]:
+        """Yield every layout and micro-batch size with all cuts; of each, whether its bound is late, and the bound."""
+        num_layers = self.tables.num_layers
+        for layout in self._layouts():
+            cuts = [(0, *c, num_layers) for c in combinations(range(1, num_layers), len(layout) - 1)]
             for size in divisors(self.batch):
-                scores = self._bound_skeletons(layout, size, cuts, objective)
-                if scores is not None:
+                bounds = self._bound_skeletons(layout, size, cuts)
+                if bounds is not None:
                     self.num_skeletons += len(cuts)
-                    yield layout, size, cuts, scores
+                    yield layout, size, cuts, *self._values(*bounds, objective)
+
+    def _values(
+        self, step_s: Array, joules: Array, objective: Objective
+    ) -> tuple[npt.NDArray[np.bool_], Array]:
+        """Return whether bounds miss the deadline, and what is to be minimised; infinite for what does not fit."""
+        deadline = self.tables.request.deadline_step_s
+        late = step_s > (np.inf if deadline is None else deadline)
+        fits = np.isfinite(step_s)
+        product_ = np.where(fits, step_s, 0.0) * np.where(fits, joules, 0.0)
+        wanted = {"time": step_s, "energy": joules, "energy-delay": product_}[objective]
+        return late, np.where(late | ~fits, step_s, wanted)
 
     def _links_alike(self) -> bool:
         """Return whether all routes of the pool are the same, so that the order in a group means nothing."""
@@ -174,29 +189,17 @@ class Exact:
         )
 
     def _bound_skeletons(
-        self, layout: Layout, size: int, cuts: Sequence[tuple[int, ...]], objective: Objective
-    ) -> list[Score] | None:
+        self, layout: Layout, size: int, cuts: Sequence[tuple[int, ...]]
+    ) -> tuple[Array, Array] | None:
         stages, watts = [], np.zeros(len(cuts))
         for s, group in enumerate(layout):
             if self._options(group, size) is None:
                 return None
             found = [self._stage(group, size, cut[s], cut[s + 1]) for cut in cuts]
-            stages.append(
-                StageArrays(
-                    *(
-                        np.array([getattr(f.floor, name) for f in found])
-                        for name in StageArrays.__annotations__
-                    )
-                )
-            )
+            stages.append(StageArrays(*np.array([f.floor for f in found]).T))
             watts = watts + np.array([f.floor_watts for f in found])
         step_s, joules = self._bound(layout, size, np.array(cuts), stages, watts)
-        return [
-            self.judge.score_of(float(t), float(e), objective) if np.isfinite(t) else (2, inf, inf)
-            for t, e in zip(
-                np.broadcast_to(step_s, len(cuts)), np.broadcast_to(joules, len(cuts)), strict=True
-            )
-        ]
+        return np.broadcast_to(step_s, len(cuts)), np.broadcast_to(joules, len(cuts))
 
     def _bound(
         self,
@@ -343,7 +346,7 @@ class Exact:
             dynamic_joules=dynamic.sum(axis=(1, 2)),
         )
         watts = options.floor_w.sum(axis=(1, 2))
-        floor = StageArrays(*(getattr(arrays, name).min() for name in StageArrays.__annotations__))
+        floor = tuple(float(getattr(arrays, name).min()) for name in StageArrays.__annotations__)
         return _Stage(arrays, watts, floor, float(watts.min()))
 
     def _room(self, device: str) -> int:
@@ -361,15 +364,10 @@ class Exact:
             self.complete = False
             return best
         step_s, joules, shape = bounds
-        deadline = self.tables.request.deadline_step_s
-        late = step_s > (np.inf if deadline is None else deadline)
-        wanted = {"time": step_s, "energy": joules, "energy-delay": step_s * np.where(late, 0, joules)}[
-            objective
-        ]
-        value = np.where(late, step_s, wanted)
+        late, value = self._values(step_s, joules, objective)
         for i in np.lexsort((value, late)):
-            if not np.isfinite(step_s[i]) or not self._can_win(
-                (int(late[i]), float(value[i]), 0.0), best, objective
+            if not np.isfinite(value[i]) or not self._can_win(
+                (int(late[i]), float(value[i])), best, objective
             ):
                 break
             for draft in self.drafts(layout, size, cut, np.unravel_index(i, shape)):
@@ -427,10 +425,6 @@ class Exact:
             )
         for depth in depth_vectors(len(layout), self.batch // size):
             yield Draft(size, tuple(stages), depth)
-
-
-def _inner_cuts(num_layers: int, num_stages: int) -> Iterator[tuple[int, ...]]:
-    yield from combinations(range(1, num_layers), num_stages - 1)
 
 
 def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:

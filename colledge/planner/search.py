@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import TypeVar
 
 from colledge.plan import Plan
 from colledge.planner.cost import PoolCosts
@@ -23,12 +24,15 @@ from colledge.planner.request import FAMILIES, Family, Objective, PlanningReques
 from colledge.planner.sweep import Goal, Sweep, fill_rows
 from colledge.planner.tables import Tables, device_classes
 
+_Entry = TypeVar("_Entry")
+
 _MOST_MICROBATCHES = 512
-_MOST_SIZES = 6
+_MOST_SIZES = 5
 _MOST_CLASSES = 8
 _MOST_POINTS = 40
-_CLIMB_ACTIONS = 30_000
-_WANDER_ACTIONS = 100_000
+_STARTS = 4
+_CLIMB_ACTIONS = 20_000
+_WANDER_ACTIONS = 40000  # for each class of devices
 _WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 3_000, 16
 _PROOF_ACTIONS = 3_000_000
 
@@ -54,11 +58,9 @@ class Search:
             seeds: Plans known from elsewhere; the answer is never worse than any of them.
         """
         objective = self.request.objective
-        for plan in seeds:
-            self.judge.judge(draft_of(plan, self.tables.units))
-        for draft in self._proposals():
-            self.judge.judge(draft)
-        best = self._polish(objective)
+        known = [draft_of(plan, self.tables.units) for plan in seeds]
+        judged = map(self.judge.judge, [*known, *self._proposals()])
+        best = self._polish([found for found in judged if found is not None], objective)
         if self.exact.applies():
             best = self.exact.improve(best, objective, _PROOF_ACTIONS)
             self.proven = self.exact.complete
@@ -68,14 +70,25 @@ class Search:
             best = self.judge.best([best, *self.judge.frontier], objective)
         return best
 
-    def _polish(self, objective: Objective) -> Found | None:
-        """Improve the best draft of each family, then the best of all for longer."""
-        for found in self.judge.families().values():
-            climb(found, self.moves, self.judge, objective, _CLIMB_ACTIONS)
-        best = self.judge.best(self.judge.frontier, objective)
+    def _polish(self, drafts: Sequence[Found], objective: Objective) -> Found | None:
+        """Improve the best draft of each family and of the best few ways to group devices, then the best for longer."""
+        starts = {found.draft: found for found in self.judge.families().values()}
+        groupings: dict[tuple[tuple[int, ...], ...], Found] = {}
+        for found in sorted(drafts, key=lambda found: self.judge.score(found, objective)):
+            grouping = tuple(
+                tuple(sorted(self.classes[d] for replica in stage.group for d in replica))
+                for stage in found.draft.stages
+            )
+            groupings.setdefault(grouping, found)
+        starts |= {found.draft: found for found in list(groupings.values())[:_STARTS]}
+        reached = [
+            climb(found, self.moves, self.judge, objective, _CLIMB_ACTIONS) for found in starts.values()
+        ]
+        best = self.judge.best(reached, objective)
         if best is None:
             return None
-        budget = _WANDER_ACTIONS + _WANDER_ACTIONS_A_DEVICE * max(0, len(self.devices) - _SMALL_POOL)
+        budget = _WANDER_ACTIONS * len(set(self.classes.values()))
+        budget += _WANDER_ACTIONS_A_DEVICE * max(0, len(self.devices) - _SMALL_POOL)
         return wander(best, self.moves, self.judge, objective, budget)
 
     def _improve_end(self, objective: Objective) -> None:
@@ -91,11 +104,7 @@ class Search:
 
     def frontier(self) -> list[Found]:
         """Return the drafts that nothing simulated beats in both time and energy, fastest first; few of many."""
-        points = self.judge.frontier
-        if len(points) <= _MOST_POINTS:
-            return points
-        steps = [round(i * (len(points) - 1) / (_MOST_POINTS - 1)) for i in range(_MOST_POINTS)]
-        return [points[i] for i in dict.fromkeys(steps)]
+        return _spread(self.judge.frontier, _MOST_POINTS)
 
     def coverage(self) -> str:
         """Return in words how much was searched, and whether the answer is proven."""
@@ -123,7 +132,7 @@ class Search:
                         yield make_draft(size, (stage,), self.request.global_batch_size // size)
         marginal = self.request.accounting == "marginal"
         sweep = Sweep(self.tables, self._merged(list(members.values())), marginal)
-        for size in self.sizes:
+        for size in _spread(self.sizes, _MOST_SIZES):
             yield from sweep.drafts(size, self._goals(), keep=3)
 
     def _goals(self) -> list[Goal]:
@@ -152,7 +161,15 @@ class Search:
         return max(self.tables.busy_s(device, None, (0, self.tables.num_layers), 1, 1.0), 1e-12)
 
 
+def _spread(entries: Sequence[_Entry], most: int) -> list[_Entry]:
+    """Return at most so many of the entries, evenly spread, both ends among them."""
+    if len(entries) <= most:
+        return list(entries)
+    steps = dict.fromkeys(round(i * (len(entries) - 1) / (most - 1)) for i in range(most))
+    return [entries[i] for i in steps]
+
+
 def microbatch_sizes(batch: int) -> list[int]:
-    """Return divisors of the batch to try as micro-batch sizes, largest first; few of many, spread evenly."""
+    """Return the divisors of the batch that are tried as micro-batch sizes, largest first."""
     sizes = [d for d in divisors(batch) if batch // d <= _MOST_MICROBATCHES]
     return sizes[::-1]

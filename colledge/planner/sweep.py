@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -29,9 +30,9 @@ from colledge.planner.tables import Array, Tables, find_route
 Whole = npt.NDArray[np.int64]
 
 _MOST_STATES = 64
-_MOST_CUTS = 14
-_MOST_STAGES = 8
-_NUM_BOUNDS = 14
+_MOST_CUTS = 12
+_MOST_STAGES = 6
+_NUM_BOUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Link:
 class _Class:
     """Devices that can be exchanged: members, and one choice of power mode with what follows from it.
 
-    `row_s` and `more_s` are [span start, span stop]: seconds of the first row and of each more; `joules` a row.
+    `first_s` and `more_s` are seconds of the first row and of each more, a span; `joules` those of a row.
     """
 
     mode: str | None
@@ -75,8 +76,10 @@ class Sweep:
         self.states = _count_vectors([len(members) for members in self.classes])
         self.takes, self.moves = _takes(self.states)
         self.links = [self._link(members) for members in self.classes]
-        self._start, self._stop = np.meshgrid(self.positions, self.positions, indexing="ij")
-        self._ahead = self._stop > self._start
+        self._from, self._to = np.triu_indices(len(self.positions), 1)  # a span is a pair of positions
+        self._start, self._stop = self.positions[self._from], self.positions[self._to]
+        self._whole = len(self.positions) - 2  # the span of all layers
+        self._memory_rows = lru_cache(maxsize=None)(self._most_rows)
 
     def _link(self, members: Sequence[str]) -> _Link | None:
         costs, one = self.tables.costs, members[0]
@@ -88,9 +91,8 @@ class Sweep:
         return _Link(best.latency_s, best.bandwidth_bytes_per_s, "->" not in best.medium)
 
     def _between(self, prefix: Array) -> Array:
-        """Return prefix sums over layers as [.., start position, stop position]; 0 for empty spans."""
-        spans = prefix[..., self._stop] - prefix[..., self._start]
-        return np.where(self._ahead, np.maximum(spans, 0.0), 0.0)
+        """Return prefix sums over layers as sums over spans, [.., span]."""
+        return np.maximum(prefix[..., self._stop] - prefix[..., self._start], 0.0)
 
     def drafts(self, microbatch_size: int, goals: Sequence[Goal], keep: int) -> Iterator[Draft]:
         """Yield the best few drafts of one micro-batch size for each goal, over all bounds and numbers of stages."""
@@ -120,7 +122,7 @@ class Sweep:
             a_row = (first + (m - 1) * more) / m
             watts = max(0.0, mode.compute_w - mode.idle_w)
             update = np.array(self.tables.costs.update_prefix_s(kind, mode.name, 1.0))
-            whole = float(a_row[0, -1])
+            whole = float(a_row[self._whole])
             found.append(
                 (
                     name,
@@ -147,21 +149,21 @@ class Sweep:
 
     def _time_bounds(self, classes: Sequence[_Class], m: int) -> Array:
         """Return bounds on a stage's seconds a micro-batch, from all devices side by side to the slowest alone."""
-        whole = [c.first_s[0, -1] + (m - 1) * c.more_s[0, -1] for c in classes]
+        whole = [c.first_s[self._whole] + (m - 1) * c.more_s[self._whole] for c in classes]
         rate = sum(len(members) / max(s, 1e-12) for members, s in zip(self.classes, whole, strict=True))
         low, high = 1.0 / rate, max(whole)
         return np.geomspace(low * 1.02, max(high * 1.02, low * 1.1), _NUM_BOUNDS)
 
-    def _memory_rows(self, index: int, depth: int, recompute: bool) -> Array:
+    def _most_rows(self, index: int, depth: int, recompute: bool) -> Array:
+        """Return the most rows that a device of a class can hold of each span."""
         device = self.classes[index][0]
-        rows = np.zeros(self._start.shape)
-        for a, start in enumerate(self.positions):
-            for b, stop in enumerate(self.positions):
-                if stop > start:
-                    rows[a, b] = self.tables.memory_rows(
-                        device, (int(start), int(stop)), depth, 1.0, recompute
-                    )
-        return rows
+        return np.array(
+            [
+                self.tables.memory_rows(device, (int(start), int(stop)), depth, 1.0, recompute)
+                for start, stop in zip(self._start, self._stop, strict=True)
+            ],
+            dtype=float,
+        )
 
     def _solve(
         self, classes: Sequence[_Class], bounds: Array, m: int, goal: Goal, keep: int
@@ -226,11 +228,11 @@ class Sweep:
     ) -> Array:
         """Return what each stage adds, [bound, take, start, stop]: infinite where it cannot keep bound or memory."""
         count = self.tables.request.global_batch_size // m
-        tau = bounds[:, None, None]
-        shape = (len(bounds), len(self.takes), *self._start.shape)
+        tau = bounds[:, None]
+        shape = (len(bounds), len(self.takes), len(self._start))
         order = sorted(range(len(classes)), key=lambda k: classes[k].order)
         synced = self._between(self.tables.synced_bytes.sum(axis=0))
-        into = np.where(self.positions > 0, self.tables.out_bytes[np.maximum(self.positions - 1, 0)], 0.0)
+        into = np.where(self._start > 0, self.tables.out_bytes[np.maximum(self._start - 1, 0)], 0.0)
         best = np.full(shape, np.inf)
         members = self.takes.sum(axis=1)
         for flag in (False, True):
@@ -238,18 +240,18 @@ class Sweep:
                 break  # memory does not bind
             left = np.full(shape, float(m))
             fill, dynamic, sending = np.zeros(shape), np.zeros(shape), np.zeros(shape)
-            update = np.zeros((len(self.takes), *self._start.shape))
+            update = np.zeros(shape[1:])
             latency, bandwidth = np.zeros(len(self.takes)), np.full(len(self.takes), np.inf)
             idle = np.zeros(len(self.takes))
             extra = 4 / 3 if flag else 1.0
             for k in order:
                 this, link, uses = classes[k], self.links[k], np.flatnonzero(self.takes[:, k])
-                number = self.takes[uses, k][:, None, None]
+                number = self.takes[uses, k][:, None]
                 first, more = this.first_s * extra, this.more_s * extra
                 within = np.where(
                     first <= tau, 1 + np.floor((tau - first) / np.maximum(more, 1e-15) + 1e-9), 0.0
                 )
-                each = np.where(self._ahead, np.clip(np.minimum(within, rows[flag][k]), 0, m), 0.0)
+                each = np.clip(np.minimum(within, rows[flag][k]), 0, m)
                 part = np.minimum(left[:, uses], each[:, None] * number)
                 left[:, uses] -= part
                 share = np.ceil(part / number)
@@ -257,7 +259,7 @@ class Sweep:
                 fill[:, uses] = np.maximum(fill[:, uses], np.where(works, first + more * (share - 1), 0.0))
                 dynamic[:, uses] += part * (this.joules * extra)
                 update[uses] = np.maximum(update[uses], this.update_s)
-                idle[uses] += number[:, 0, 0] * self.tables.modes(self.classes[k][0])[0][1].idle_w
+                idle[uses] += number[:, 0] * self.tables.modes(self.classes[k][0])[0][1].idle_w
                 if link is None:
                     left[:, uses[members[uses] > 1]] = np.inf
                     continue
@@ -265,23 +267,23 @@ class Sweep:
                 ring = link.bandwidth_bytes_per_s / (members[uses] if link.shared else 1)
                 bandwidth[uses] = np.minimum(bandwidth[uses], ring)
                 sent = float(m) if link.shared else share
-                seconds = link.latency_s + sent * into[:, None] / link.bandwidth_bytes_per_s
-                sending[:, uses] = np.maximum(
-                    sending[:, uses], np.where(works & (into > 0)[:, None], seconds, 0.0)
-                )
+                seconds = link.latency_s + sent * into / link.bandwidth_bytes_per_s
+                sending[:, uses] = np.maximum(sending[:, uses], np.where(works & (into > 0), seconds, 0.0))
             ring_s = (
-                2 * (members - 1)[:, None, None] * latency[:, None, None]
-                + (2 * (members - 1) / np.maximum(members, 1) / bandwidth)[:, None, None] * synced
+                2 * (members - 1)[:, None] * latency[:, None]
+                + (2 * (members - 1) / np.maximum(members, 1) / bandwidth)[:, None] * synced
             )
-            sync = np.where((members > 1)[:, None, None] & (synced > 0), ring_s, 0.0)
-            weight = np.where(self.positions == 0, 1.0, 0.4)[:, None]
+            sync = np.where((members > 1)[:, None] & (synced > 0), ring_s, 0.0)
+            weight = np.where(self._start == 0, 1.0, 0.4)
             seconds = fill + 2 * sending + weight * (sync + update)
             value = goal.watts * seconds + goal.dynamic * count * dynamic
             if self.marginal:
-                value += goal.dynamic * idle[:, None, None] * (tau[:, None] * (count - 1) + seconds)
-            value = np.where((left > 0) | ~self._ahead | (sending > tau[:, None]), np.inf, value)
+                value += goal.dynamic * idle[:, None] * (tau[:, None] * (count - 1) + seconds)
+            value = np.where((left > 0) | (sending > tau[:, None]), np.inf, value)
             best = np.minimum(best, value)
-        return best
+        square = np.full((*shape[:2], len(self.positions), len(self.positions)), np.inf)
+        square[:, :, self._from, self._to] = best
+        return square
 
     def _trace(
         self,

@@ -19,6 +19,8 @@ from functools import cached_property, lru_cache
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
+import numpy as np
+
 from colledge.plan import Plan, Shard
 from colledge.profiles import Route
 from colledge.schedule.action import Action, ActionKind
@@ -507,18 +509,15 @@ class _Run:
 
 def _length_outside(intervals: list[Interval], holes: list[Interval]) -> float:
     """Return the length of the union of `intervals` that lies outside `holes` (sorted and disjoint)."""
-    total = covered = 0.0
-    hole, count = 0, len(holes)
-    for start, end in sorted(intervals):
-        start = max(start, covered)
-        if end <= start:
-            continue
-        covered = end
-        total += end - start
-        while hole < count and holes[hole][1] <= start:
-            hole += 1
-        inside = hole
-        while inside < count and holes[inside][0] < end:
-            total -= min(end, holes[inside][1]) - max(start, holes[inside][0])
-            inside += 1
-    return max(0.0, total)
+    if not intervals:
+        return 0.0
+    spans = np.array(sorted(intervals))
+    ends = np.maximum.accumulate(spans[:, 1])
+    starts = np.minimum(np.maximum(spans[:, 0], np.concatenate((spans[:1, 0], ends[:-1]))), ends)
+    length = float((ends - starts).sum())
+    if holes:
+        edges = np.array(holes)
+        covered = np.concatenate(([0.0], np.cumsum(edges[:, 1] - edges[:, 0])))
+        knots, values = edges.ravel(), np.repeat(covered, 2)[1:-1]
+        length -= float((np.interp(ends, knots, values) - np.interp(starts, knots, values)).sum())
+    return max(0.0, length)

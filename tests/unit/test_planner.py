@@ -380,7 +380,7 @@ def test_every_bound_is_below_every_simulated_plan(
     exact, judge = exact_search(pool, model, request)
     skeletons = list(exact.skeletons("energy"))
     for _ in range(40):
-        layout, size, cuts, scores = pick.choice(skeletons)
+        layout, size, cuts, _, values = pick.choice(skeletons)
         at = pick.randrange(len(cuts))
         bounded = exact.bound_drafts(layout, size, cuts[at])
         assert bounded is not None
@@ -397,7 +397,7 @@ def test_every_bound_is_below_every_simulated_plan(
             for low_s, low_joules in ((step_s[choice], joules[choice]), (closed_s, closed_joules)):
                 assert low_s <= seen.step_s * (1 + 1e-9)
                 assert low_joules <= energy * (1 + 1e-9) + 1e-12
-            assert scores[at][1] <= joules[choice] * (1 + 1e-9) + 1e-12
+            assert values[at] <= joules[choice] * (1 + 1e-9) + 1e-12
             found = judge.judge(draft)
             assert found is not None
             assert found.step_s == seen.step_s
@@ -407,7 +407,7 @@ def test_every_bound_is_below_every_simulated_plan(
 def test_the_closed_form_is_exact_where_nothing_waits() -> None:
     model, pool = make_model({"k": 0.1}), make_pool(["k", "k"])
     exact, judge = exact_search(pool, model, PlanningRequest(global_batch_size=8))
-    for layout, size, cuts, _ in exact.skeletons("time"):
+    for layout, size, cuts, _, _ in exact.skeletons("time"):
         if len(layout) > 1 or len(layout[0][0]) > 1:
             continue
         found = exact.bound_drafts(layout, size, cuts[0])

@@ -39,7 +39,7 @@ from colledge.planner.request import Baseline
 ASTEROID = "Asteroid"
 
 _MOST_BLOCKS = 64
-_MOST_CELLS = 1_200  # devices x layers
+_MOST_CELLS = 400  # devices x layers
 _SPAN_BUDGET = 350_000  # (devices x layers)^2 over all micro-batch sizes
 _MOST_MOVES = 16
 
