@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint benchmark clean
+.PHONY: install demo test lint benchmark examples clean
 
 install: $(INSTALLED)
 
@@ -27,6 +27,12 @@ lint: install ## format, lint and types
 
 benchmark: install ## step time against PyTorch's own parallelism
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/engine.py
+
+examples: install ## the examples' profiles and plans, and what docs/plan.md quotes of them
+	for name in home factory; do \
+	  $(BIN)/colledge profile examples/$$name/run.yaml && $(BIN)/colledge plan examples/$$name/run.yaml || exit 1; \
+	done
+	$(BIN)/python docs/quotes.py
 
 clean:
 	rm -rf $(VENV) demo out

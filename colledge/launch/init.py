@@ -22,14 +22,14 @@ steps: 200
 precision: float32            # float64 | float32 | bfloat16
 seed: 0                       # orders the data; never depends on the plan
 pool: pool.yaml
-objective: energy             # energy | time | energy-delay
+objective: energy             # energy (of the whole pool) | time | energy-delay
 # deadline: 8h                # for the whole run; deadline_step: 2 s for one step
 # checkpoint_every: 50        # steps; without it only Ctrl-C saves one, the end saves the model
 output: out/
 """
 
 _POOL = """\
-# The devices that train together. Add one entry for each.
+# The devices that train together. Add one entry for each. Those that a plan leaves out idle, and their watts count.
 devices:
   - id: this-machine
     host: local               # or the address of another machine
@@ -38,6 +38,9 @@ devices:
     memory: {memory_gb:.1f} GB             # what training may use
     power: {{idle_w: 5, compute_w: 20, communicate_w: 8}}   # placeholders: put your own watts here
     # emulate: {{slowdown: 2.5, bandwidth: 100 Mbit/s, latency: 2 ms}}   # rehearse a slower device
+# To plan before you buy, list devices of `colledge catalog list` alone, and say what joins them:
+#   - {{id: orin, catalog: jetson-orin-nano, mode: 15W}}
+# links: [{{between: [orin, other], bandwidth: 1 Gbit/s, latency: 0.3 ms}}]     # segments: a medium that several share
 # coordinator: {{address: 192.168.1.10, port: 29500}}   # this machine, as the other devices reach it
 """
 

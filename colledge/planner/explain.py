@@ -229,7 +229,8 @@ def _against_baselines(best: Plan, baselines: Sequence[Baseline], request: Plann
 
 def _left_out(best: Plan, request: PlanningRequest, pool: PoolProfile) -> list[str]:
     assert best.prediction is not None
-    out = [device for device in pool.devices if device.id not in best.devices]
+    used = set(best.devices)
+    out = [device for device in pool.devices if device.id not in used]
     if not out:
         return []
     idle = sum(device.modes[0].idle_w for device in out) * best.prediction.step_s

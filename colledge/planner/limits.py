@@ -26,6 +26,7 @@ _LEAST_GAIN = 0.02  # below it a wish is not worth a word
 _DECIDING_GAIN = 0.1
 _FREE_BYTES_PER_S = 1e18
 _MOST_MICROBATCHES_TRIED = 6
+_MOST_ACTIONS = 20_000
 
 
 @dataclass(frozen=True)
@@ -178,8 +179,10 @@ def _slowest_hop(costs: PoolCosts, devices: tuple[str, ...], num_bytes: float) -
 
 
 def _best_wish(plan: Plan, costs: PoolCosts, step_s: float, optimizer_state_factor: float) -> Wish | None:
-    """Return the change that saves most time among those that memory alone forbids."""
-    wishes = []
+    """Return the change that saves most time among those that memory alone forbids; not looked for in huge plans."""
+    wishes: list[Wish] = []
+    if 2 * plan.num_microbatches * len(plan.devices) > _MOST_ACTIONS:
+        return None
     for change, changed in _changes(plan):
         parts = plan_memory(changed, costs.pool, costs.model, optimizer_state_factor)
         lacks = {

@@ -25,8 +25,7 @@ from colledge.planner.tables import Array, Tables
 
 Neighbours = Callable[[Draft], Iterator[Draft]]
 
-_LOOK = 20  # what looking at a draft costs, in simulated actions
-_STRAY = 0.1
+LOOK = 20  # what looking at a draft costs, in simulated actions
 _MANY = 6  # replicas of a stage beyond which only the slowest and the fastest are looked at
 
 
@@ -155,39 +154,38 @@ class Moves:
     # -- which devices ---------------------------------------------------------------------------------------
 
     def devices_out(self, draft: Draft) -> Iterator[Draft]:
-        """Leave out one device."""
+        """Leave out a device, or several that are alike."""
         for s, stage in enumerate(draft.stages):
             if len(stage.group) == 1:
                 if len(draft.stages) > 1:
                     stages = draft.stages[:s] + draft.stages[s + 1 :]
                     yield self._fresh(draft.microbatch_size, self.recut(stages))
                 continue
-            for r in self._each_class(stage):
-                if len(stage.units) > 1:
-                    rows = _scaled(stage.samples[:r] + stage.samples[r + 1 :], draft.microbatch_size)
-                    if rows:
-                        yield _with(draft, {s: _without(stage, r)._replace(samples=rows)})
-                else:
-                    devices, modes = _members(_without(stage, r))
-                    yield from self._refilled(draft, s, (devices, modes), stage.layers)
+            for some in self._alike(stage):
+                rest = _without(stage, some)
+                if len(stage.units) == 1:
+                    yield from self._refilled(draft, s, _members(rest), stage.layers)
+                elif rows := _scaled(rest.samples, draft.microbatch_size):
+                    yield _with(draft, {s: rest._replace(samples=rows)})
 
     def devices_in(self, draft: Draft) -> Iterator[Draft]:
-        """Let one device more take part: in a stage, or as a stage of its own."""
-        for device in self._unused(draft):
-            for mode, _ in self.tables.modes(device):
+        """Let a device more, or several that are alike, take part: in a stage, or as a stage of their own."""
+        size, units = draft.microbatch_size, (self.tables.units,)
+        for some in self._unused(draft):
+            for mode, _ in self.tables.modes(some[0]):
+                modes = [mode] * len(some)
                 for s, stage in enumerate(draft.stages):
                     if len(stage.units) == 1:
-                        devices, modes = _members(stage)
+                        devices, others = _members(stage)
                         yield from self._refilled(
-                            draft, s, ([*devices, device], [*modes, mode]), stage.layers
+                            draft, s, ([*devices, *some], [*others, *modes]), stage.layers
                         )
-                if len(draft.stages) < self.tables.num_layers:
+                if len(draft.stages) < self.tables.num_layers and len(some) <= size:
+                    rows = proportional(size, [1.0] * len(some))
+                    group = tuple((device,) for device in some)
+                    alone = StageDraft((0, 1), group, rows, units, ((mode,),) * len(some))
                     for s in range(len(draft.stages) + 1):
-                        alone = StageDraft(
-                            (0, 1), ((device,),), (draft.microbatch_size,), (self.tables.units,), ((mode,),)
-                        )
-                        stages = (*draft.stages[:s], alone, *draft.stages[s:])
-                        yield self._fresh(draft.microbatch_size, self.recut(stages))
+                        yield self._fresh(size, self.recut((*draft.stages[:s], alone, *draft.stages[s:])))
 
     def exchanges(self, draft: Draft) -> Iterator[Draft]:
         """Exchange a device for one left out, or two devices of different stages."""
@@ -201,7 +199,7 @@ class Moves:
         ]
         for s, r, k in spots:
             old = draft.stages[s].group[r][k]
-            for device in self._unused(draft):
+            for device in (some[0] for some in self._unused(draft)):
                 if self.classes[device] != self.classes[old]:
                     yield from self._settled(_with(draft, {s: _exchanged(draft.stages[s], {old: device})}))
         for i, (s, r, k) in enumerate(spots):
@@ -213,21 +211,21 @@ class Moves:
                     yield from self._settled(_with(draft, swapped))
 
     def transfers(self, draft: Draft) -> Iterator[Draft]:
-        """Move a device from a stage of several to another stage."""
+        """Move a device, or several that are alike, from a stage to another stage."""
         for s, stage in enumerate(draft.stages):
             if len(stage.group) < 2 or len(stage.units) > 1:
                 continue
-            for r in self._each_class(stage):
-                devices, modes = _members(_without(stage, r))
-                smaller = self._filled(draft, s, (devices, modes), stage.layers)
+            for some in self._alike(stage):
+                smaller = self._filled(draft, s, _members(_without(stage, some)), stage.layers)
                 if smaller is None:
                     continue
                 for t, other in enumerate(draft.stages):
                     if t == s or len(other.units) > 1:
                         continue
                     devices, modes = _members(other)
-                    group = [*devices, stage.group[r][0]], [*modes, stage.modes[r][0]]
-                    larger = self._filled(draft, t, group, other.layers)
+                    devices += [stage.group[r][0] for r in some]
+                    modes += [stage.modes[r][0] for r in some]
+                    larger = self._filled(draft, t, (devices, modes), other.layers)
                     if larger is not None:
                         yield from self._settled(_with(draft, {s: smaller, t: larger}))
 
@@ -379,13 +377,29 @@ class Moves:
         found = list(seen.values())
         return found if len(found) <= 2 * _MANY else [*found[:_MANY], *found[-_MANY:]]
 
-    def _unused(self, draft: Draft) -> list[str]:
+    def _alike(self, stage: StageDraft) -> Iterator[tuple[int, ...]]:
+        """Yield replicas of one class: one, a few, all; but never the whole stage."""
+        together: dict[int, list[int]] = {}
+        for r in self._each_class(stage):
+            together.setdefault(self.classes[stage.group[r][0]], []).append(r)
+            yield (r,)
+        if len(stage.group) > _MANY:
+            for number in together:
+                members = [r for r, replica in enumerate(stage.group) if self.classes[replica[0]] == number]
+                for amount in _amounts(len(members)):
+                    if 1 < amount < len(stage.group):
+                        yield tuple(members[-amount:])
+
+    def _unused(self, draft: Draft) -> Iterator[tuple[str, ...]]:
+        """Yield devices of one class that are left out: one, a few, all."""
         used = set(draft.devices)
-        seen: dict[int, str] = {}
+        together: dict[int, list[str]] = {}
         for device, number in self.classes.items():
             if device not in used:
-                seen.setdefault(number, device)
-        return list(seen.values())
+                together.setdefault(number, []).append(device)
+        for members in together.values():
+            for amount in _amounts(len(members)):
+                yield tuple(members[:amount])
 
     def _filled(
         self,
@@ -439,7 +453,9 @@ class Moves:
             yield draft._replace(stages=tuple(stages))
 
 
-def climb(start: Found, moves: Moves, judge: Judge, objective: Objective, budget: int) -> Found:
+def climb(
+    start: Found, moves: Moves, judge: Judge, objective: Objective, budget: int, *, rough: bool = False
+) -> Found:
     """Return the draft at which no move helps any more, or the one reached when the budget is spent.
 
     Args:
@@ -448,55 +464,39 @@ def climb(start: Found, moves: Moves, judge: Judge, objective: Objective, budget
         judge: Decides; its `work` counts what is spent.
         objective: What to minimise.
         budget: Simulated actions that may be spent.
+        rough: Let the closed form decide instead of the simulator.
     """
     best, score = start, judge.score(start, objective)
     stop, quiet, at = judge.work + budget, 0, 0
     while quiet < len(moves.kinds):
         improved = False
         for draft in moves.kinds[at % len(moves.kinds)](best.draft):
-            judge.work += _LOOK
-            if not judge.worth_judging(draft, score, objective):
+            if judge.work >= stop:
+                return best
+            judge.work += LOOK
+            if rough:
+                found = judge.estimate(draft)
+            elif judge.worth_judging(draft, score, objective):
+                found = judge.judge(draft)
+            else:
                 continue
-            found = judge.judge(draft)
             if found is not None and better(judge.score(found, objective), score):
                 best, score, improved = found, judge.score(found, objective), True
                 break
-            if judge.work >= stop:
-                return best
-        if improved:
-            quiet = 0
-        else:
-            quiet, at = quiet + 1, at + 1
+        quiet, at = (0, at) if improved else (quiet + 1, at + 1)
     return best
 
 
-def wander(
-    start: Found, moves: Moves, judge: Judge, objective: Objective, budget: int, seed: int = 0
-) -> Found:
-    """Return the best draft of repeated climbs, each from a good draft after a few moves at random.
-
-    A draft a little worse than the best may be the next to start from: the walk leaves a hollow that way.
-    """
-    numbers, stop = Random(seed), judge.work + budget
-    best = home = climb(start, moves, judge, objective, budget)
-    while judge.work < stop:
-        current = home
-        for _ in range(numbers.choice((1, 2, 3))):
-            options = [d for d in numbers.choice(moves.kinds)(current.draft) if d != current.draft]
-            numbers.shuffle(options)
-            judge.work += _LOOK * len(options)
-            found = next((f for f in map(judge.judge, options[:8]) if f is not None), None)
-            current = found or current
-        judge.work += _LOOK
-        reached = climb(current, moves, judge, objective, stop - judge.work)
-        score = judge.score(reached, objective)
-        if better(score, judge.score(best, objective)):
-            best = home = reached
-        elif better(score, judge.score(home, objective)) or numbers.random() < _STRAY:
-            home = reached
-        elif numbers.random() < _STRAY:
-            home = best
-    return best
+def shaken(start: Found, moves: Moves, judge: Judge, numbers: Random) -> Found:
+    """Return a draft a few moves at random away."""
+    current = start
+    for _ in range(numbers.choice((1, 2, 3))):
+        options = [d for d in numbers.choice(moves.kinds)(current.draft) if d != current.draft]
+        numbers.shuffle(options)
+        judge.work += LOOK * len(options)
+        found = next((f for f in map(judge.judge, options[:8]) if f is not None), None)
+        current = found or current
+    return current
 
 
 def _with(draft: Draft, changes: dict[int, StageDraft]) -> Draft:
@@ -508,12 +508,14 @@ def _members(stage: StageDraft) -> tuple[list[str], list[str | None]]:
     return [replica[0] for replica in stage.group], [modes[0] for modes in stage.modes]
 
 
-def _without(stage: StageDraft, r: int) -> StageDraft:
-    return stage._replace(
-        group=stage.group[:r] + stage.group[r + 1 :],
-        samples=stage.samples[:r] + stage.samples[r + 1 :],
-        modes=stage.modes[:r] + stage.modes[r + 1 :],
-    )
+def _without(stage: StageDraft, some: Sequence[int]) -> StageDraft:
+    keep = [r for r in range(len(stage.group)) if r not in set(some)]
+    return _ordered(stage, keep)
+
+
+def _amounts(number: int) -> list[int]:
+    """Return how many of a number of devices are moved at once."""
+    return [1] if number <= _MANY else sorted({1, -(-number // 8), number // 4, number // 2, number})
 
 
 def _exchanged(stage: StageDraft, names: dict[str, str]) -> StageDraft:

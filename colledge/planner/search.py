@@ -10,18 +10,19 @@ What is spent is counted in simulated actions, not in seconds: the same question
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
+from random import Random
 from typing import TypeVar
 
 from colledge.plan import Plan
 from colledge.planner.cost import PoolCosts
 from colledge.planner.draft import Draft, draft_of, make_draft
 from colledge.planner.exact import Exact
-from colledge.planner.judge import Found, Judge
+from colledge.planner.judge import Found, Judge, better
 from colledge.planner.layouts import divisors
-from colledge.planner.moves import Moves, climb, wander
+from colledge.planner.moves import LOOK, Moves, climb, shaken
 from colledge.planner.request import FAMILIES, Family, Objective, PlanningRequest
-from colledge.planner.sweep import Goal, Sweep, fill_rows
+from colledge.planner.sweep import Goal, Sweep, fill_rows, fitted_pipeline
 from colledge.planner.tables import Tables, device_classes
 
 _Entry = TypeVar("_Entry")
@@ -32,8 +33,12 @@ _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 4
 _CLIMB_ACTIONS = 20_000
-_WANDER_ACTIONS = 40000  # for each class of devices
-_WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 3_000, 16
+_WANDER_ACTIONS = 300_000  # for each class of devices of a small pool
+_WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 2_000, 8
+_FRESH, _STRAY = 0.3, 0.1  # how often a climb starts at random, or from a worse draft
+_ROUGH_ACTIONS = 40_000
+_PATIENCE = 4  # times the budget is the most in all
+_RANDOM_DRAFTS, _MOST_RANDOM_STAGES = 12, 8
 _PROOF_ACTIONS = 3_000_000
 
 
@@ -59,7 +64,7 @@ class Search:
         """
         objective = self.request.objective
         known = [draft_of(plan, self.tables.units) for plan in seeds]
-        judged = map(self.judge.judge, [*known, *self._proposals()])
+        judged = map(self.judge.judge, chain(known, self._proposals()))
         best = self._polish([found for found in judged if found is not None], objective)
         if self.exact.applies():
             best = self.exact.improve(best, objective, _PROOF_ACTIONS)
@@ -87,9 +92,57 @@ class Search:
         best = self.judge.best(reached, objective)
         if best is None:
             return None
-        budget = _WANDER_ACTIONS * len(set(self.classes.values()))
-        budget += _WANDER_ACTIONS_A_DEVICE * max(0, len(self.devices) - _SMALL_POOL)
-        return wander(best, self.moves, self.judge, objective, budget)
+        return self._wander(best, objective, self._budget())
+
+    def _budget(self) -> int:
+        """Return the simulated actions to spend on wandering: most where devices are few and unlike."""
+        count, kinds = len(self.devices), len(set(self.classes.values()))
+        share = min(1.0, (_SMALL_POOL / count) ** 4)
+        return int(_WANDER_ACTIONS * kinds * share) + _WANDER_ACTIONS_A_DEVICE * max(
+            0, count - 2 * _SMALL_POOL
+        )
+
+    def _wander(self, best: Found, objective: Objective, budget: int) -> Found:
+        """Return the best draft of repeated climbs, each from a good one a little shaken, or from a random one.
+
+        A draft a little worse than the best may be the next to start from: the walk leaves a hollow that way. It ends
+        when the budget is spent without finding anything better.
+        """
+        numbers, judge, home = Random(0), self.judge, best
+        patience = _PATIENCE if len(self.devices) <= _SMALL_POOL else 1
+        stop, last = judge.work + budget, judge.work + patience * budget
+        while judge.work < min(stop, last):
+            start = self._random_start(numbers, objective) if numbers.random() < _FRESH else None
+            start = start or shaken(home, self.moves, judge, numbers)
+            reached = climb(start, self.moves, judge, objective, stop - judge.work)
+            score = judge.score(reached, objective)
+            if better(score, judge.score(best, objective)):
+                best = home = reached
+                stop = judge.work + budget
+            elif better(score, judge.score(home, objective)) or numbers.random() < _STRAY:
+                home = reached
+            elif numbers.random() < _STRAY:
+                home = best
+        return best
+
+    def _random_start(self, numbers: Random, objective: Objective) -> Found | None:
+        """Return a pipeline over random groups of devices, the best of a few, improved by the closed form."""
+        judge, found = self.judge, []
+        for _ in range(_RANDOM_DRAFTS):
+            devices = numbers.sample(self.devices, numbers.randint(1, len(self.devices)))
+            num_stages = numbers.randint(1, min(len(devices), self.tables.num_layers, _MOST_RANDOM_STAGES))
+            groups = [[device] for device in devices[:num_stages]]
+            for device in devices[num_stages:]:
+                numbers.choice(groups).append(device)
+            size = numbers.choice(self.sizes)
+            draft = fitted_pipeline(self.tables, groups, size, self.request.global_batch_size // size)
+            judge.work += 5 * LOOK
+            if draft is not None:
+                found.append(judge.estimate(draft))
+        best = judge.best([draft for draft in found if draft is not None], objective)
+        if best is None:
+            return None
+        return judge.judge(climb(best, self.moves, judge, objective, _ROUGH_ACTIONS, rough=True).draft)
 
     def _improve_end(self, objective: Objective) -> None:
         """Extend the frontier to one of its ends."""
@@ -130,23 +183,49 @@ class Search:
                     stage = fill_rows(self.tables, whole, group[:1], [mode], size, 1)
                     if stage is not None:
                         yield make_draft(size, (stage,), self.request.global_batch_size // size)
+        yield from self._pipelines()
         marginal = self.request.accounting == "marginal"
         sweep = Sweep(self.tables, self._merged(list(members.values())), marginal)
-        for size in _spread(self.sizes, _MOST_SIZES):
+        sizes = _spread(self.sizes, _MOST_SIZES)
+        for size in sizes:
             yield from sweep.drafts(size, self._goals(), keep=3)
+        best = self.judge.best(self.judge.frontier, self.request.objective)
+        if self.request.objective == "energy-delay" and best is not None and best.step_s > 0:
+            # d(energy x time) = time x d(energy) + energy x d(time), about the best so far
+            goal = Goal(self._idle_w() + best.energy_joules / best.step_s)
+            for size in sizes:
+                yield from sweep.drafts(size, [goal], keep=3)
+
+    def _pipelines(self) -> Iterable[Draft]:
+        """Yield pipelines over all devices, fastest first or last, cut where memory allows and no stage is slow."""
+        by_speed = sorted(self.devices, key=self._whole_s)
+        count, most = len(by_speed), min(len(by_speed), self.tables.num_layers)
+        for num_stages in sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, most) if n <= most}):
+            edges = [round(s * count / num_stages) for s in range(num_stages + 1)]
+            groups = [by_speed[a:b] for a, b in pairwise(edges)]
+            for ordered in (groups, groups[::-1]):
+                for size in _spread(self.sizes, _MOST_SIZES):
+                    draft = fitted_pipeline(
+                        self.tables, ordered, size, self.request.global_batch_size // size
+                    )
+                    if draft is not None:
+                        yield draft
+
+    def _idle_w(self) -> float:
+        """Return the watts that every second costs whatever the plan."""
+        if self.request.accounting == "marginal":
+            return 0.0
+        return sum(device.modes[0].idle_w for device in self.tables.pool.devices)
 
     def _goals(self) -> list[Goal]:
-        idle = sum(device.modes[0].idle_w for device in self.tables.pool.devices)
-        if self.request.accounting == "marginal":
-            idle = 0.0
-        time, energy = Goal(1.0, 1e-9), Goal(idle)
+        time, energy = Goal(1.0, 1e-9), Goal(self._idle_w())
         match self.request.objective:
             case "time":
                 return [time]
-            case "energy":
-                return [energy] if self.request.deadline_step_s is None else [energy, time]
-            case "energy-delay":
-                return [energy, time, Goal(3 * max(idle, 1.0))]
+            case "energy" if self.request.deadline_step_s is None:
+                return [energy]
+            case _:
+                return [energy, time]
 
     def _merged(self, groups: list[list[str]]) -> list[list[str]]:
         """Return at most a few groups: classes of similar speed are taken together (the sweep only proposes)."""

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -30,6 +29,7 @@ from colledge.planner.tables import Array, Tables, find_route
 Whole = npt.NDArray[np.int64]
 
 _MOST_STATES = 64
+_MANY_CLASSES, _MOST_STATES_OF_MANY = 4, 256
 _MOST_CUTS = 12
 _MOST_STAGES = 6
 _NUM_BOUNDS = 10
@@ -72,14 +72,20 @@ class Sweep:
 
     def __init__(self, tables: Tables, classes: Sequence[Sequence[str]], marginal: bool) -> None:
         self.tables, self.classes, self.marginal = tables, [list(members) for members in classes], marginal
-        self.positions = _spread(tables.num_layers, _MOST_CUTS)
+        self.most_stages = max(_MOST_STAGES, min(2 * self._stages_needed(), tables.num_layers))
+        self.positions = _spread(tables.num_layers, max(_MOST_CUTS, 2 * self.most_stages))
         self.states = _count_vectors([len(members) for members in self.classes])
         self.takes, self.moves = _takes(self.states)
         self.links = [self._link(members) for members in self.classes]
         self._from, self._to = np.triu_indices(len(self.positions), 1)  # a span is a pair of positions
         self._start, self._stop = self.positions[self._from], self.positions[self._to]
         self._whole = len(self.positions) - 2  # the span of all layers
-        self._memory_rows = lru_cache(maxsize=None)(self._most_rows)
+
+    def _stages_needed(self) -> int:
+        """Return the stages at least that the weights need, one device a stage."""
+        devices = [self.tables.pool.device(members[0]) for members in self.classes]
+        room = max(device.memory_bytes - device.runtime_bytes for device in devices)
+        return int(-(-self.tables.static_bytes[:, -1].sum() // max(room, 1)))
 
     def _link(self, members: Sequence[str]) -> _Link | None:
         costs, one = self.tables.costs, members[0]
@@ -96,18 +102,18 @@ class Sweep:
 
     def drafts(self, microbatch_size: int, goals: Sequence[Goal], keep: int) -> Iterator[Draft]:
         """Yield the best few drafts of one micro-batch size for each goal, over all bounds and numbers of stages."""
-        for policy in range(self._num_policies()):
+        seen: set[tuple[str | None, ...]] = set()
+        for policy in range(3):
             classes = [self._class(k, policy, microbatch_size) for k in range(len(self.classes))]
-            bounds = self._time_bounds(classes, microbatch_size)
-            for goal in goals:
-                yield from self._solve(classes, bounds, microbatch_size, goal, keep)
-
-    def _num_policies(self) -> int:
-        """Return 1 where no device has a choice of modes, else 3: first modes, thriftiest, fastest."""
-        return 3 if any(len(self.tables.modes(members[0])) > 1 for members in self.classes) else 1
+            modes = tuple(entry.mode for entry in classes)
+            if modes not in seen:
+                seen.add(modes)
+                bounds = self._time_bounds(classes, microbatch_size)
+                for goal in goals:
+                    yield from self._solve(classes, bounds, microbatch_size, goal, keep)
 
     def _class(self, index: int, policy: int, m: int) -> _Class:
-        """Return a class in the power mode that a policy gives it."""
+        """Return a class in the power mode that a policy gives it: 0 the first, 1 the thriftiest, 2 the fastest."""
         device = self.classes[index][0]
         found = []
         for name, mode in self.tables.modes(device):
@@ -154,16 +160,9 @@ class Sweep:
         low, high = 1.0 / rate, max(whole)
         return np.geomspace(low * 1.02, max(high * 1.02, low * 1.1), _NUM_BOUNDS)
 
-    def _most_rows(self, index: int, depth: int, recompute: bool) -> Array:
+    def _memory_rows(self, index: int, depth: int, recompute: bool) -> Array:
         """Return the most rows that a device of a class can hold of each span."""
-        device = self.classes[index][0]
-        return np.array(
-            [
-                self.tables.memory_rows(device, (int(start), int(stop)), depth, 1.0, recompute)
-                for start, stop in zip(self._start, self._stop, strict=True)
-            ],
-            dtype=float,
-        )
+        return self.tables.span_rows(self.classes[index][0], depth, recompute)[self._start, self._stop]
 
     def _solve(
         self, classes: Sequence[_Class], bounds: Array, m: int, goal: Goal, keep: int
@@ -177,7 +176,9 @@ class Sweep:
         history: list[tuple[Whole, Whole]] = []
         found: list[tuple[float, int, int, int]] = []
         costs, known_rows = None, None
-        for depth in range(1, min(_MOST_STAGES, num_positions - 1, int(self.states.sum(axis=1).max())) + 1):
+        for depth in range(
+            1, min(self.most_stages, num_positions - 1, int(self.states.sum(axis=1).max())) + 1
+        ):
             in_flight = min(depth, count)
             rows = [
                 [np.minimum(self._memory_rows(k, in_flight, flag), m) for k in range(len(classes))]
@@ -355,6 +356,54 @@ def fill_rows(
     return None
 
 
+def fitted_pipeline(tables: Tables, groups: Sequence[Sequence[str]], m: int, count: int) -> Draft | None:
+    """Return the pipeline over groups of devices whose slowest stage is fastest among those that fit in memory.
+
+    Args:
+        tables: The pool and the model.
+        groups: The devices of each stage, each a replica in its first mode.
+        m: Rows of a micro-batch.
+        count: Micro-batches in a step.
+    """
+    whole = (0, tables.num_layers)
+    best, came = np.where(np.arange(tables.num_layers + 1) == 0, 0.0, np.inf), []
+    weight = np.add(*tables.costs.prefix_s(*tables.kind_and_mode(groups[0][0], None), 1, 1.0))
+    for s, group in enumerate(groups):
+        depth = min(len(groups) - s, count)
+        each = {device: tables.busy_s(device, None, whole, 1, 1.0) for device in group}
+        rows = np.zeros((tables.num_layers + 1,) * 2)
+        alike: dict[int, int] = {}
+        for device in group:
+            profile = tables.pool.device(device)
+            alike[profile.memory_bytes - profile.runtime_bytes] = (
+                alike.get(profile.memory_bytes - profile.runtime_bytes, 0) + 1
+            )
+        for room, number in alike.items():
+            most = np.maximum(
+                tables.rows_of_spans(room, depth, False), tables.rows_of_spans(room, depth, True)
+            )
+            rows += number * np.maximum(most, 0.0)
+        rate = sum(1.0 / max(second, 1e-12) for second in each.values())
+        seconds = m * (weight[None, :] - weight[:, None]) / max(weight[-1], 1e-12) / rate
+        worst = np.maximum(best[:, None], np.where(rows >= m, seconds, np.inf))
+        worst[np.tri(tables.num_layers + 1, dtype=bool)] = np.inf
+        came.append(worst.argmin(axis=0))
+        best = worst.min(axis=0)
+    if not np.isfinite(best[-1]):
+        return None
+    edges = [tables.num_layers]
+    for choice in reversed(came):
+        edges.insert(0, int(choice[edges[0]]))
+    stages = []
+    for s, group in enumerate(groups):
+        depth = min(len(groups) - s, count)
+        stage = fill_rows(tables, (edges[s], edges[s + 1]), group, [None] * len(group), m, depth)
+        if stage is None:
+            return None
+        stages.append(stage)
+    return make_draft(m, tuple(stages), count)
+
+
 def _rows_within(
     tables: Tables,
     layers: tuple[int, int],
@@ -429,7 +478,8 @@ def _count_vectors(counts: Sequence[int]) -> Whole:
     def axis(n: int, step: int) -> list[int]:
         return sorted({*range(0, n + 1, step), n})
 
-    while prod(len(axis(n, s)) for n, s in zip(counts, steps, strict=True)) > _MOST_STATES:
+    most = _MOST_STATES if len(counts) < _MANY_CLASSES else _MOST_STATES_OF_MANY
+    while prod(len(axis(n, s)) for n, s in zip(counts, steps, strict=True)) > most:
         widest = max(range(len(counts)), key=lambda k: len(axis(counts[k], steps[k])))
         if steps[widest] >= counts[widest]:
             break

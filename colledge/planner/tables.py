@@ -90,8 +90,8 @@ class Tables:
         self.units = self.model.shard_units
         self._bytes()
         self._devices = {device.id: device for device in self.pool.devices}
-        self.seconds = lru_cache(maxsize=None)(self._seconds)
         self.modes = lru_cache(maxsize=None)(self._modes)
+        self.rows_of_spans = lru_cache(maxsize=256)(self._span_rows)
 
     def _bytes(self) -> None:
         """Sum bytes of layers [0, i); rows: layers that split over shards, layers that every shard holds whole."""
@@ -132,15 +132,10 @@ class Tables:
         known = [(mode.name, mode) for mode in others if self.costs.has_mode(device, mode.name)]
         return ((None, first), *known)
 
-    def _seconds(self, device: str, mode: str | None, fraction: float, most: int) -> tuple[Array, Array]:
-        """Return forward and backward seconds of layers [0, i) for y rows, as arrays [y, i], y = 0 .. most."""
+    def kind_and_mode(self, device: str, mode: str | None) -> tuple[str, str]:
+        """Return what times a device."""
         profile = self._devices[device]
-        name = mode or profile.modes[0].name
-        forward = np.zeros((most + 1, self.num_layers + 1))
-        backward = np.zeros_like(forward)
-        for rows in range(1, most + 1):
-            forward[rows], backward[rows] = self.costs.prefix_s(profile.kind, name, rows, fraction)
-        return forward, backward
+        return profile.kind, mode or profile.modes[0].name
 
     def busy_s(
         self, device: str, mode: str | None, layers: tuple[int, int], rows: int, fraction: float
@@ -181,6 +176,23 @@ class Tables:
         out = self.out_bytes[stop - 1] if stop < self.num_layers else 0.0
         each = (depth * into + kept if recompute else depth * kept) + 4 * into + (2 + depth) * out
         return MOST_ROWS if each <= 0 else int(min(MOST_ROWS, room // each))
+
+    def _span_rows(self, memory_bytes: int, depth: int, recompute: bool) -> Array:
+        """Return `memory_rows` of an unsharded device with so much memory, for every span, [start, stop]."""
+        stop, start = np.meshgrid(np.arange(self.num_layers + 1), np.arange(self.num_layers + 1))
+        static, saved = self.static_bytes.sum(axis=0), self.saved_bytes.sum(axis=0)
+        room = memory_bytes - (static[stop] - static[start])
+        kept = saved[stop] - saved[start]
+        border = np.concatenate(([0.0], self.out_bytes[:-1], [0.0]))  # what crosses before each layer
+        into, out = border[start], border[stop]
+        each = (depth * into + kept if recompute else depth * kept) + 4 * into + (2 + depth) * out
+        rows = np.floor(np.minimum(MOST_ROWS, room / np.maximum(each, 1e-9)))
+        return np.where((room < 0) | (stop <= start), -1.0, rows)
+
+    def span_rows(self, device: str, depth: int, recompute: bool) -> Array:
+        """Return `memory_rows` of an unsharded device for every span, [start, stop]; -1 for empty spans."""
+        profile = self._devices[device]
+        return self.rows_of_spans(profile.memory_bytes - profile.runtime_bytes, depth, recompute)
 
     def joined(self, group: Group) -> bool:
         """Return whether the devices of a stage that have to talk to each other can."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from colledge.planner import PoolCosts
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json
 
+STALE = "run `make examples`"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = ["home", "factory"]
 
@@ -41,6 +44,32 @@ def test_the_profiles_are_those_that_the_command_writes(
         "model-profile.json",
         "pool-profile.json",
     ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plan_is_that_which_the_command_writes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in (EXAMPLES / name).glob("*-profile.json"):
+        shutil.copy(file, tmp_path)
+    assert colledge(monkeypatch, "plan", EXAMPLES / name / "run.yaml", f"output={tmp_path}") == 0
+    assert "The plan for least energy" in capsys.readouterr().out
+    fresh, kept = OutputFolder(tmp_path), OutputFolder(EXAMPLES / name)
+    assert rounded(fresh.plan) == rounded(kept.plan), STALE
+    assert without_clock(fresh.plan_markdown) == without_clock(kept.plan_markdown), STALE
+
+
+def rounded(plan: Path) -> object:
+    """Return a plan with its figures to nine digits: other machines add up the last ones otherwise."""
+    return json.loads(plan.read_text(encoding="utf-8"), parse_float=lambda text: f"{float(text):.9g}")
+
+
+def without_clock(report: Path) -> list[str]:
+    """Return the lines of a plan.md without the seconds that planning took."""
+    lines = report.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not line.startswith("Planned in ")]
+    assert len(kept) == len(lines) - 1
+    return kept
 
 
 @pytest.mark.parametrize("name", NAMES)
