@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -29,11 +29,16 @@ ScheduleName = Literal["gpipe", "1f1b"]
 
 
 class Shard(Record):
-    """A device that holds `fraction` of every sharded layer of its replica, running in power mode `mode`."""
+    """A device that holds `fraction` of every sharded layer of its replica, running in power mode `mode`.
+
+    `paced` names another mode for single computations, such as {"F1": "15W"} for the forward of micro-batch 1: a
+    device that can switch fast enough computes slower where nobody waits for it.
+    """
 
     device: str = Field(min_length=1)
     fraction: float = Field(default=1.0, gt=0, le=1)
     mode: str | None = None
+    paced: dict[Annotated[str, Field(pattern=r"^[FB][0-9]{1,7}$")], str] = Field(default_factory=dict)
 
 
 class Replica(Record):
@@ -189,6 +194,17 @@ class Plan(Record):
                 f"global_batch_size {self.global_batch_size}"
             )
         for index, stage in enumerate(self.stages):
+            for place in (shard for replica in stage.replicas for shard in replica.shards if shard.paced):
+                if stage.num_shards > 1:
+                    raise ValueError(
+                        f"stages[{index}]: {place.device!r} is paced, wanted only where it is the one shard"
+                    )
+                late = [key for key in place.paced if int(key[1:]) >= self.num_microbatches]
+                if late:
+                    raise ValueError(
+                        f"stages[{index}]: {place.device!r} paces {late[0]}, wanted a micro-batch below "
+                        f"{self.num_microbatches}"
+                    )
             total = sum(replica.samples for replica in stage.replicas)
             if total != self.microbatch_size:
                 raise ValueError(
@@ -263,12 +279,12 @@ class Plan(Record):
         """
         for place in self.places():
             device = pool.device(place.shard.device)
-            mode = place.shard.mode
-            if mode is not None and not device.has_mode(mode):
-                there = ", ".join(m.name for m in device.modes)
-                raise PlanError(
-                    f"device {device.id!r} has no power mode {mode!r}.", fix=f"use one of {there}."
-                )
+            for mode in (place.shard.mode, *place.shard.paced.values()):
+                if mode is not None and not device.has_mode(mode):
+                    there = ", ".join(m.name for m in device.modes)
+                    raise PlanError(
+                        f"device {device.id!r} has no power mode {mode!r}.", fix=f"use one of {there}."
+                    )
 
     def check_model(self, num_layers: int, shard_units: int) -> None:
         """Check that the plan fits a model of `num_layers` layers that is cut into `shard_units` units.

@@ -15,6 +15,7 @@ from colledge.planner.energy import step_figures
 from colledge.planner.explain import explain
 from colledge.planner.judge import Found
 from colledge.planner.memory import MemoryParts, check_memory, plan_memory
+from colledge.planner.pace import paced
 from colledge.planner.request import Baseline, PlanBounds, PlanningRequest, PlanningResult
 from colledge.planner.search import Search, microbatch_sizes
 from colledge.planner.shortage import nothing_fits
@@ -81,12 +82,17 @@ def plan_training(pool: PoolProfile, model: ModelProfile, request: PlanningReque
 
     def finish(found: Found) -> Plan:
         plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
+        return with_prediction(plan)
+
+    def with_prediction(plan: Plan) -> Plan:
         plan = Plan.model_validate(plan.model_dump(by_alias=True))
         memory = check_memory(plan, pool, model, request.optimizer_state_factor)
         figures = step_figures(plan, pool, simulate(plan, costs), memory)
         return plan.model_copy(update={"prediction": figures})
 
     chosen = finish(best)
+    if request.switch_modes:
+        chosen = with_prediction(paced(chosen, costs))
     families: dict[str, Plan] = {family: finish(found) for family, found in search.families().items()}
     families[chosen.family] = chosen
     reasons = explain(chosen, families, bounds, request, pool, model, baselines)

@@ -11,8 +11,15 @@ from collections.abc import Mapping
 
 from colledge.plan import DeviceFigures, Plan, StepFigures
 from colledge.planner.memory import MemoryParts
-from colledge.profiles import PoolProfile
+from colledge.profiles import DeviceProfile, PoolProfile
 from colledge.schedule import DeviceTimes, Timeline
+
+
+def device_joules(device: DeviceProfile, mode_name: str | None, step_s: float, times: DeviceTimes) -> float:
+    """Return the energy of one device in a step; paced computations draw the watts of their own mode."""
+    mode = device.mode(mode_name)
+    joules = mode.joules(step_s, times.compute_s, times.communicate_s)
+    return joules + sum((device.mode(name).compute_w - mode.compute_w) * s for name, s in times.paced_s)
 
 
 def plan_joules(plan: Plan, pool: PoolProfile, timeline: Timeline) -> tuple[float, float]:
@@ -21,9 +28,7 @@ def plan_joules(plan: Plan, pool: PoolProfile, timeline: Timeline) -> tuple[floa
     modes = {place.shard.device: place.shard.mode for place in plan.places()}
     for device in pool.devices:
         if device.id in modes:
-            mode = device.mode(modes[device.id])
-            times = timeline.devices[device.id]
-            marginal += mode.joules(timeline.step_s, times.compute_s, times.communicate_s)
+            marginal += device_joules(device, modes[device.id], timeline.step_s, timeline.devices[device.id])
         else:
             idle += device.modes[0].idle_w * timeline.step_s
     return marginal + idle, marginal
@@ -38,12 +43,11 @@ def step_figures(
     devices = {}
     for device in pool.devices:
         times = timeline.devices.get(device.id, DeviceTimes(0.0, 0.0, timeline.step_s))
-        mode = device.mode(modes.get(device.id))
         devices[device.id] = DeviceFigures(
             compute_s=times.compute_s,
             communicate_s=times.communicate_s,
             idle_s=times.idle_s,
-            energy_joules=max(0.0, mode.joules(timeline.step_s, times.compute_s, times.communicate_s)),
+            energy_joules=max(0.0, device_joules(device, modes.get(device.id), timeline.step_s, times)),
             peak_memory_bytes=memory[device.id].total_bytes if device.id in memory else None,
         )
     return StepFigures(

@@ -21,7 +21,8 @@ class PlanningRequest(Record):
 
     `deadline_step_s` bounds the step; `optimizer_state_factor` is bytes of optimizer state a byte of trainable
     parameter (AdamW 2, SGD 0). `accounting` says whose idle energy the objective counts: the whole pool's, or
-    only that of the devices that a plan uses.
+    only that of the devices that a plan uses. `switch_modes`: devices can change their power mode between two
+    computations, so those that nobody waits for are slowed down (`planner.pace`).
     """
 
     global_batch_size: int = Field(ge=1, le=1_000_000)
@@ -31,6 +32,7 @@ class PlanningRequest(Record):
     must_not_use: tuple[str, ...] = ()
     optimizer_state_factor: float = Field(default=2.0, ge=0)
     accounting: Accounting = "whole-pool"
+    switch_modes: bool = False
 
 
 class PlanBounds(Record):

@@ -33,12 +33,13 @@ _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 4
 _CLIMB_ACTIONS = 20_000
-_WANDER_ACTIONS = 300_000  # for each class of devices of a small pool
+_WANDER_ACTIONS = 400_000  # for each class of devices of a small pool
 _WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 2_000, 8
 _FRESH, _STRAY = 0.3, 0.1  # how often a climb starts at random, or from a worse draft
 _ROUGH_ACTIONS = 40_000
 _PATIENCE = 4  # times the budget is the most in all
 _RANDOM_DRAFTS, _MOST_RANDOM_STAGES = 12, 8
+_PROVABLE_ACTIONS = 20_000  # where a proof follows
 _PROOF_ACTIONS = 3_000_000
 
 
@@ -65,17 +66,21 @@ class Search:
         objective = self.request.objective
         known = [draft_of(plan, self.tables.units) for plan in seeds]
         judged = map(self.judge.judge, chain(known, self._proposals()))
-        best = self._polish([found for found in judged if found is not None], objective)
-        if self.exact.applies():
+        start = [found for found in judged if found is not None]
+        provable = self.exact.applies()
+        best = self._polish(start, objective, _PROVABLE_ACTIONS if provable else self._budget())
+        if provable:
             best = self.exact.improve(best, objective, _PROOF_ACTIONS)
             self.proven = self.exact.complete
+            if best is not None and not self.proven:
+                best = self._wander(best, objective, self._budget())
         if best is not None:
             for end in ("time", "energy"):
                 self._improve_end(end)
             best = self.judge.best([best, *self.judge.frontier], objective)
         return best
 
-    def _polish(self, drafts: Sequence[Found], objective: Objective) -> Found | None:
+    def _polish(self, drafts: Sequence[Found], objective: Objective, budget: int) -> Found | None:
         """Improve the best draft of each family and of the best few ways to group devices, then the best for longer."""
         starts = {found.draft: found for found in self.judge.families().values()}
         groupings: dict[tuple[tuple[int, ...], ...], Found] = {}
@@ -92,7 +97,7 @@ class Search:
         best = self.judge.best(reached, objective)
         if best is None:
             return None
-        return self._wander(best, objective, self._budget())
+        return self._wander(best, objective, budget)
 
     def _budget(self) -> int:
         """Return the simulated actions to spend on wandering: most where devices are few and unlike."""

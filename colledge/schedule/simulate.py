@@ -21,7 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
-from colledge.plan import Plan, Shard
+from colledge.plan import Plan, Replica, Shard
 from colledge.profiles import Route
 from colledge.schedule.action import Action, ActionKind
 from colledge.schedule.generate import compute_order
@@ -66,12 +66,14 @@ class DeviceTimes:
     """A device's step, in seconds: compute_s + communicate_s + idle_s = step_s.
 
     `communicate_s` is time in which the device computes nothing while a transfer of its own or a collective
-    that it takes part in is in progress.
+    that it takes part in is in progress. `paced_s` are the seconds of computing, among `compute_s`, in other power
+    modes than the device's own.
     """
 
     compute_s: float
     communicate_s: float
     idle_s: float
+    paced_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Timeline:
         """The seconds that each device of the plan computes: what is known without looking at its waits."""
         count = self._run.num_microbatches
         return {
-            device: count * (forward + backward) + update
+            device: count * (forward + backward) + update + actor.longer_s
             for actor in self._run.actors
             for device, (forward, backward, update) in zip(actor.devices, actor.own_s, strict=True)
         }
@@ -208,10 +210,12 @@ class _Actor:
     stage: int
     index: int
     devices: tuple[str, ...]
-    duration_s: tuple[float, float]
     own_s: tuple[tuple[float, ...], ...]  # a shard: forward, backward and, at the end, update
     slowest_s: tuple[float, float]
     messages: tuple[list[_Message], list[_Message]]
+    durations_s: tuple[list[float], list[float]]  # of every forward and backward
+    paced_s: dict[str, float]  # by power mode
+    longer_s: float = 0.0  # what pacing adds to its computing
 
 
 class _Run:
@@ -263,12 +267,32 @@ class _Run:
                     stage=index,
                     index=r,
                     devices=devices,
-                    duration_s=(slow_f + reduce_f, slow_b + reduce_b),
                     own_s=tuple(times),
                     slowest_s=(slow_f, slow_b),
                     messages=([], []),
+                    durations_s=(
+                        [slow_f + reduce_f] * self.num_microbatches,
+                        [slow_b + reduce_b] * self.num_microbatches,
+                    ),
+                    paced_s={},
                 )
             )
+            if len(devices) == 1 and replica.shards[0].paced:
+                self._pace(self.actors[-1], replica)
+
+    def _pace(self, actor: _Actor, replica: Replica) -> None:
+        """Give single computations of a replica the durations of other power modes."""
+        layers, shard = self.plan.stages[actor.stage].layers, replica.shards[0]
+        for key, mode in shard.paced.items():
+            times = self.costs.compute_s(layers, shard.model_copy(update={"mode": mode}), replica.samples)
+            forward = key[0] == "F"
+            seconds = times[0] if forward else times[1]
+            if not forward and self.plan.recomputes(actor.stage):
+                seconds += times[0]
+            durations = actor.durations_s[0 if forward else 1]
+            actor.longer_s += seconds - durations[int(key[1:])]
+            durations[int(key[1:])] = seconds
+            actor.paced_s[mode] = actor.paced_s.get(mode, 0.0) + seconds
 
     def _add_messages(self, index: int) -> None:
         """Join stage `index` and the next: rows travel between the replicas whose row ranges overlap."""
@@ -331,7 +355,7 @@ class _Run:
             [
                 (
                     number,
-                    self.actors[number].duration_s,
+                    self.actors[number].durations_s,
                     self.actors[number].messages,
                     arrived_s[number],
                     log[number],
@@ -341,12 +365,12 @@ class _Run:
             for stage in range(len(self.plan.stages))
         ]
         for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), self.num_microbatches):
-            for number, duration_s, messages, waits_s, entries in by_stage[stage]:
+            for number, durations_s, messages, waits_s, entries in by_stage[stage]:
                 start = clock[number]
                 arrival = waits_s[code][microbatch]
                 if arrival > start:
                     start = arrival
-                end = clock[number] = start + duration_s[code]
+                end = clock[number] = start + durations_s[code][microbatch]
                 entries.append((code, start, end))
                 for message in messages[code]:
                     sent = free_s[message.medium]
@@ -377,7 +401,7 @@ class _Run:
             while True:
                 code, direction, microbatch = script[at]
                 if code <= _BACKWARD:
-                    end = now + actor.duration_s[code]
+                    end = now + actor.durations_s[code][microbatch]
                     log.append((code, now, end))
                     if record:
                         self.recorded[number].append((at, now, end))
@@ -493,9 +517,8 @@ class _Run:
                     computing = [(start, end) for _, start, end in log]
                 compute_s = sum(end - start for start, end in computing)
                 communicate_s = min(_length_outside(talking, computing), max(0.0, step_s - compute_s))
-                devices[device] = DeviceTimes(
-                    compute_s, communicate_s, max(0.0, step_s - compute_s - communicate_s)
-                )
+                idle_s = max(0.0, step_s - compute_s - communicate_s)
+                devices[device] = DeviceTimes(compute_s, communicate_s, idle_s, tuple(actor.paced_s.items()))
         return devices
 
     def spans(self) -> tuple[Span, ...]:
