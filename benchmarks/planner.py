@@ -27,8 +27,8 @@ from benchmarks.jetson_pools import baselines
 from colledge.planner import PlanningRequest, PoolCosts, plan_training
 from colledge.planner.draft import Draft, StageDraft, draft_of, make_draft, make_plan
 from colledge.planner.judge import Found, Judge
+from colledge.planner.layouts import microbatch_sizes
 from colledge.planner.moves import Moves
-from colledge.planner.search import microbatch_sizes
 from colledge.planner.sweep import fill_rows
 from colledge.planner.tables import Tables, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
@@ -238,7 +238,7 @@ class LongSearch:
             Judge(costs, request),
         )
         self.ids = [device.id for device in pool.devices]
-        self.sizes = microbatch_sizes(request.global_batch_size)
+        self.sizes = microbatch_sizes(request.global_batch_size, 512)
         self.moves = Moves(self.tables, device_classes(costs, self.ids), self.sizes)
         self.objective = request.objective
         self.batch = request.global_batch_size

@@ -116,6 +116,14 @@ def plan(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for plan.json, plan.html and plan.md.")
     ] = None,
+    accounting: Annotated[
+        str | None, typer.Option(help="whole-pool (default): devices left out still idle; or marginal.")
+    ] = None,
+    must_use: Annotated[list[str] | None, typer.Option(help="A device that has to work; repeatable.")] = None,
+    switch_modes: Annotated[
+        bool,
+        typer.Option("--switch-modes", help="Devices can change power mode between two computations."),
+    ] = False,
     without: Annotated[
         list[str] | None, typer.Option(help="What if this device were not there; repeatable.")
     ] = None,
@@ -157,6 +165,7 @@ def plan(
         inputs = planning.from_profiles(
             pool_profile, model_profile, global_batch_size, objective or "energy", output
         )
+    inputs = planning.constrained(inputs, accounting, must_use or (), switch_modes)
     supposed = WhatIf(
         without=without or (),
         added=with_ or (),

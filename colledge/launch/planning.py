@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -96,6 +96,23 @@ def from_profiles(
     )
 
 
+def constrained(
+    inputs: PlanningInputs, accounting: str | None, must_use: Sequence[str], switch_modes: bool
+) -> PlanningInputs:
+    """Return inputs with the options of the command line in place of the run's.
+
+    Raises:
+        ConfigError: There is no such accounting.
+    """
+    values = inputs.request.model_dump()
+    if accounting is not None:
+        values["accounting"] = accounting
+    if must_use:
+        values["must_use"] = tuple(must_use)
+    values["switch_modes"] = switch_modes
+    return replace(inputs, request=parse_record(PlanningRequest, values, "the command line"))
+
+
 def plan(inputs: PlanningInputs) -> PlanningResult:
     """Plan from profiles; writes the plan and its reports where there is a folder."""
     result = plan_training(inputs.pool, inputs.model, inputs.request)
@@ -118,6 +135,9 @@ def request_of(run: RunConfig) -> PlanningRequest:
     return PlanningRequest(
         global_batch_size=run.batch.global_size,
         objective=run.objective,
+        accounting=run.accounting,
+        must_use=run.must_use,
+        must_not_use=run.must_not_use,
         deadline_step_s=run.step_limit_s,
         optimizer_state_factor=run.optimizer.state_factor,
     )

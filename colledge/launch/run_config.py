@@ -33,6 +33,7 @@ from colledge.settings import Emulation, OptimizerSettings, Precision
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
+Accounting = Literal["whole-pool", "marginal"]
 
 _PATH_KEYS = ("model", "data.train", "pool", "output")
 
@@ -54,7 +55,8 @@ class RunConfig(Record):
     """run.yaml: one training run.
 
     `model` is a local Hugging Face directory or a hub id. `deadline` is for the whole run, `deadline_step`
-    for one step. `checkpoint_every` counts steps; without it only a run
+    for one step. `accounting` says whose idle energy counts; `must_use` and `must_not_use` name devices.
+    `checkpoint_every` counts steps; without it only a run
     that is stopped saves one. The end saves the model.
     """
 
@@ -69,6 +71,9 @@ class RunConfig(Record):
     seed: int = Field(default=0, ge=0, strict=True)
     pool: Path
     objective: Objective = "energy"
+    accounting: Accounting = "whole-pool"
+    must_use: tuple[str, ...] = ()
+    must_not_use: tuple[str, ...] = ()
     deadline_s: Seconds | None = Field(default=None, alias="deadline", gt=0)
     deadline_step_s: Seconds | None = Field(default=None, alias="deadline_step", gt=0)
     output: Path = Path("out")

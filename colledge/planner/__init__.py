@@ -14,10 +14,11 @@ from colledge.planner.draft import make_plan
 from colledge.planner.energy import step_figures
 from colledge.planner.explain import explain
 from colledge.planner.judge import Found
+from colledge.planner.layouts import microbatch_sizes
 from colledge.planner.memory import MemoryParts, check_memory, plan_memory
 from colledge.planner.pace import paced
 from colledge.planner.request import Baseline, PlanBounds, PlanningRequest, PlanningResult
-from colledge.planner.search import Search, microbatch_sizes
+from colledge.planner.search import Search
 from colledge.planner.shortage import nothing_fits
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
@@ -35,6 +36,12 @@ __all__ = [
     "plan_training",
     "predict",
 ]
+
+
+_MOST_MICROBATCHES = (
+    512,
+    16_384,
+)  # the second where nothing fits with the first; simulating more takes too long
 
 
 def predict(
@@ -57,8 +64,16 @@ def predict(
     return step_figures(plan, pool, timeline, plan_memory(plan, pool, model, optimizer_state_factor))
 
 
-def plan_training(pool: PoolProfile, model: ModelProfile, request: PlanningRequest) -> PlanningResult:
+def plan_training(
+    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, *, effort: float = 1.0
+) -> PlanningResult:
     """Return the best plan for a request, with the best of each family, the frontier, bounds, baselines and reasons.
+
+    Args:
+        pool: The devices and links.
+        model: The layers and timings.
+        request: What is wanted.
+        effort: How long to go on looking for something better once good plans are known; 1 is the usual.
 
     Raises:
         OutOfMemoryError: No plan fits; names the device that lacks bytes under the plan that comes closest, and what
@@ -72,10 +87,14 @@ def plan_training(pool: PoolProfile, model: ModelProfile, request: PlanningReque
     _check_times(costs, devices)
     bounds = lower_bounds(costs, request)
     baselines = all_baselines(costs, request)
-    search = Search(costs, request, devices)
-    best = search.run(baseline.plan for baseline in baselines if baseline.plan is not None)
-    if best is None:
-        raise _nothing_found(pool, model, request, devices)
+    for most_microbatches in _MOST_MICROBATCHES:
+        sizes = microbatch_sizes(request.global_batch_size, most_microbatches)
+        search = Search(costs, request, devices, sizes, effort)
+        best = search.run(baseline.plan for baseline in baselines if baseline.plan is not None)
+        if best is not None:
+            break
+    else:
+        raise _nothing_found(pool, model, request, devices, sizes[-1])
     deadline = request.deadline_step_s
     if deadline is not None and best.step_s > deadline:
         raise _too_late(search, best, bounds, deadline)
@@ -133,12 +152,11 @@ def _usable(pool: PoolProfile, request: PlanningRequest) -> list[str]:
 
 
 def _nothing_found(
-    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, devices: Sequence[str]
+    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, devices: Sequence[str], smallest: int
 ) -> ColledgeError:
     error = nothing_fits([pool.device(device) for device in devices], model, request)
     if error is not None:
         return error
-    sizes = microbatch_sizes(request.global_batch_size)
     if request.must_use:
         return ConfigError(
             f"no plan is possible with must_use {list(request.must_use)}: the devices are not joined by links, "
@@ -146,7 +164,7 @@ def _nothing_found(
             fix="name fewer devices in must_use, or add the missing links to the pool profile.",
         )
     return ConfigError(
-        f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {sizes[-1]} or "
+        f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {smallest} or "
         "more: with the devices and links that are there none fits in memory.",
         fix="take a batch with more divisors (such as a power of two), or join more devices by links.",
     )

@@ -28,6 +28,7 @@ from colledge.planner.whatif import (
 from colledge.profiles import DeviceProfile, ModelProfile, PoolProfile
 from colledge.records import Record
 
+_EFFORT = 0.1  # of a plan for each change
 _MOST_CHANGES = 20
 _MOST_CATALOG_KINDS = 6
 _SAME = 1e-6
@@ -106,7 +107,7 @@ def _plan(
     """Return what a change brings: the plan found for it, or the present one where that is better still."""
     pool = trial.changed.pool
     try:
-        found = plan_training(pool, model, request).best
+        found = plan_training(pool, model, request, effort=_EFFORT).best
     except ColledgeError as fault:
         return AdvisedChange(change=trial.change, notes=trial.changed.notes, why_not=fault.message), None
     plans = [plan for plan in (found, _as_it_was(kept, pool, model, request)) if plan is not None]

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
 from colledge.planner.draft import Draft, StageDraft
 from colledge.planner.judge import EQUAL, Found, Judge, better
-from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, divisors, layouts
+from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, layouts
 from colledge.planner.request import Objective
 from colledge.planner.tables import Array, Tables, find_route
 
@@ -77,8 +77,8 @@ class _Stage:
 class Exact:
     """The proof for one pool, model and request."""
 
-    def __init__(self, tables: Tables, judge: Judge, classes: dict[str, int]) -> None:
-        self.tables, self.judge, self.classes = tables, judge, classes
+    def __init__(self, tables: Tables, judge: Judge, classes: dict[str, int], sizes: Sequence[int]) -> None:
+        self.tables, self.judge, self.classes, self.sizes = tables, judge, classes, sizes
         self.costs, self.batch = tables.costs, tables.request.global_batch_size
         self.devices = list(classes)
         self.complete = True
@@ -94,7 +94,7 @@ class Exact:
         if len(self.devices) > _MOST_DEVICES:
             return False
         cuts = [comb(self.tables.num_layers - 1, len(layout) - 1) for layout in self._layouts()]
-        return sum(cuts) * len(divisors(self.batch)) <= _MOST_SKELETONS
+        return sum(cuts) * len(self.sizes) <= _MOST_SKELETONS
 
     def improve(self, best: Found | None, objective: Objective, most_work: int) -> Found | None:
         """Return the best draft of all; `complete` says whether nothing was left open.
@@ -144,7 +144,7 @@ class Exact:
         num_layers = self.tables.num_layers
         for layout in self._layouts():
             cuts = [(0, *c, num_layers) for c in combinations(range(1, num_layers), len(layout) - 1)]
-            for size in divisors(self.batch):
+            for size in self.sizes:
                 bounds = self._bound_skeletons(layout, size, cuts)
                 if bounds is not None:
                     self.num_skeletons += len(cuts)

@@ -152,3 +152,8 @@ def _replica_orders(shapes: tuple[Group, ...]) -> Iterator[Layout]:
         for s, group in enumerate(shapes)
     ]
     yield from product(*orders)
+
+
+def microbatch_sizes(batch: int, most_microbatches: int) -> list[int]:
+    """Return the divisors of a batch that make at most so many micro-batches, largest first."""
+    return [d for d in reversed(divisors(batch)) if batch // d <= most_microbatches]

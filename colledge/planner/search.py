@@ -19,7 +19,6 @@ from colledge.planner.cost import PoolCosts
 from colledge.planner.draft import Draft, draft_of, make_draft
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Found, Judge, better
-from colledge.planner.layouts import divisors
 from colledge.planner.moves import LOOK, Moves, climb, shaken
 from colledge.planner.request import FAMILIES, Family, Objective, PlanningRequest
 from colledge.planner.sweep import Goal, Sweep, fill_rows, fitted_pipeline
@@ -27,17 +26,16 @@ from colledge.planner.tables import Tables, device_classes
 
 _Entry = TypeVar("_Entry")
 
-_MOST_MICROBATCHES = 512
 _MOST_SIZES = 5
 _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 4
 _CLIMB_ACTIONS = 20_000
-_WANDER_ACTIONS = 400_000  # for each class of devices of a small pool
+_WANDER_ACTIONS = 250_000  # for each class of devices of a small pool
 _WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 2_000, 8
 _FRESH, _STRAY = 0.3, 0.1  # how often a climb starts at random, or from a worse draft
 _ROUGH_ACTIONS = 40_000
-_PATIENCE = 4  # times the budget is the most in all
+_PATIENCE = 3  # times the budget is the most in all
 _RANDOM_DRAFTS, _MOST_RANDOM_STAGES = 12, 8
 _PROVABLE_ACTIONS = 20_000  # where a proof follows
 _PROOF_ACTIONS = 3_000_000
@@ -46,15 +44,22 @@ _PROOF_ACTIONS = 3_000_000
 class Search:
     """The search for one pool, model and request."""
 
-    def __init__(self, costs: PoolCosts, request: PlanningRequest, devices: Sequence[str]) -> None:
-        self.costs, self.request = costs, request
+    def __init__(
+        self,
+        costs: PoolCosts,
+        request: PlanningRequest,
+        devices: Sequence[str],
+        sizes: Sequence[int],
+        effort: float = 1.0,
+    ) -> None:
+        self.costs, self.request, self.effort = costs, request, effort
         self.devices = tuple(devices)
         self.tables = Tables(costs, request)
         self.classes = device_classes(costs, devices, request.must_use)
         self.judge = Judge(costs, request)
-        self.sizes = microbatch_sizes(request.global_batch_size)
+        self.sizes = list(sizes)
         self.moves = Moves(self.tables, self.classes, self.sizes)
-        self.exact = Exact(self.tables, self.judge, self.classes)
+        self.exact = Exact(self.tables, self.judge, self.classes, self.sizes)
         self.proven = False
 
     def run(self, seeds: Iterable[Plan] = ()) -> Found | None:
@@ -103,9 +108,8 @@ class Search:
         """Return the simulated actions to spend on wandering: most where devices are few and unlike."""
         count, kinds = len(self.devices), len(set(self.classes.values()))
         share = min(1.0, (_SMALL_POOL / count) ** 4)
-        return int(_WANDER_ACTIONS * kinds * share) + _WANDER_ACTIONS_A_DEVICE * max(
-            0, count - 2 * _SMALL_POOL
-        )
+        many = max(0, count - 2 * _SMALL_POOL)
+        return int(self.effort * (_WANDER_ACTIONS * kinds * share + _WANDER_ACTIONS_A_DEVICE * many))
 
     def _wander(self, best: Found, objective: Objective, budget: int) -> Found:
         """Return the best draft of repeated climbs, each from a good one a little shaken, or from a random one.
@@ -251,9 +255,3 @@ def _spread(entries: Sequence[_Entry], most: int) -> list[_Entry]:
         return list(entries)
     steps = dict.fromkeys(round(i * (len(entries) - 1) / (most - 1)) for i in range(most))
     return [entries[i] for i in steps]
-
-
-def microbatch_sizes(batch: int) -> list[int]:
-    """Return the divisors of the batch that are tried as micro-batch sizes, largest first."""
-    sizes = [d for d in divisors(batch) if batch // d <= _MOST_MICROBATCHES]
-    return sizes[::-1]

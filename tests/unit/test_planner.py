@@ -29,7 +29,7 @@ from colledge.planner.cost import interpolate
 from colledge.planner.draft import make_plan as draft_plan
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
-from colledge.planner.layouts import compositions, depth_vectors, layouts, proportional
+from colledge.planner.layouts import compositions, depth_vectors, layouts, microbatch_sizes, proportional
 from colledge.planner.tables import Tables, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import ActionKind, simulate
@@ -346,7 +346,8 @@ def exact_search(pool: PoolProfile, model: ModelProfile, request: PlanningReques
     costs = PoolCosts(pool, model)
     devices = [d.id for d in pool.devices]
     judge = Judge(costs, request)
-    return Exact(Tables(costs, request), judge, device_classes(costs, devices)), judge
+    sizes = microbatch_sizes(request.global_batch_size, 512)
+    return Exact(Tables(costs, request), judge, device_classes(costs, devices), sizes), judge
 
 
 @settings(max_examples=25, deadline=None)

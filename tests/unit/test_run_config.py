@@ -21,6 +21,9 @@ precision: float32
 seed: 0
 pool: pool.yaml
 objective: energy
+accounting: marginal
+must_use: [desk]
+must_not_use: [pi-1]
 deadline: 8h
 deadline_step: 500 ms
 output: out/
@@ -56,6 +59,7 @@ def test_every_key_loads(folder: Path) -> None:
     assert run.batch.global_size == 16
     assert run.step_limit_s == 0.5
     assert run.checkpoint_every == 50
+    assert (run.accounting, run.must_use, run.must_not_use) == ("marginal", ("desk",), ("pi-1",))
 
 
 def test_only_model_data_and_pool_are_needed(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -280,6 +281,31 @@ def test_plan_without_a_device_and_with_bought_ones(files: list[str], run: Cli, 
     assert code == 0, err
     assert "assumed to join segment 'air'" in out
     assert (tmp_path / "plan.json").is_file()
+
+
+def test_constraints_and_accounting_on_the_command_line(files: list[str], run: Cli) -> None:
+    def plan(*options: str) -> dict[str, Any]:
+        code, out, err = run(*files, *options, "--json")
+        assert code == 0, err
+        return dict(json.loads(out)["plan"])
+
+    def devices(plan: dict[str, Any]) -> set[str]:
+        return {h["device"] for s in plan["stages"] for r in s["replicas"] for h in r["shards"]}
+
+    assert devices(plan("--must-use=b")) >= {"b"}
+    assert devices(plan("--without=b")) == {"a"}
+    whole, marginal = plan(), plan("--accounting=marginal")
+    for key in ("energy_joules_per_step", "marginal_energy_joules_per_step"):
+        best = marginal if key.startswith("marginal") else whole
+        assert best["prediction"][key] == min(p["prediction"][key] for p in (whole, marginal))
+    assert plan("--switch-modes")["prediction"]["step_s"] == whole["prediction"]["step_s"]  # one mode only
+    code, _, err = run(*files, "--accounting=free")
+    assert code == 2
+    assert "accounting" in err
+    assert "whole-pool" in err
+    code, _, err = run(*files, "--must-use=nobody")
+    assert code == 2
+    assert "'nobody' is not in the pool" in err
 
 
 def test_deadlines_prices_and_carbon(files: list[str], run: Cli) -> None:
