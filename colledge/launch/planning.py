@@ -12,7 +12,7 @@ from rich.text import Text
 
 from colledge.errors import ConfigError
 from colledge.launch.job import OutputFolder
-from colledge.launch.run_config import RunConfig, load_run
+from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.planner import PlanningRequest, PlanningResult, PoolCosts, plan_memory, plan_training
 from colledge.planner.explain import goal, limit_sentences
 from colledge.planner.limits import find_limits
@@ -42,7 +42,8 @@ _STEPS_WITHOUT_A_RUN = 1000
 class PlanningInputs:
     """What to plan from, where the answer goes, and the steps of the run where they are known.
 
-    `notes` says what was supposed of the pool; prices and grams are of a kilowatt-hour.
+    The deadlines are the run's own, in seconds. `notes` says what was supposed of the pool; prices and grams are of
+    a kilowatt-hour.
     """
 
     pool: PoolProfile
@@ -50,6 +51,8 @@ class PlanningInputs:
     request: PlanningRequest
     folder: OutputFolder | None = None
     steps: int | None = None
+    deadline_s: float | None = None
+    deadline_step_s: float | None = None
     price_per_kwh: float | None = None
     carbon_grams_per_kwh: float | None = None
     notes: tuple[str, ...] = ()
@@ -66,7 +69,32 @@ def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
     profiles = read_profiles(folder)
     if profiles is None:
         raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `colledge profile {path}` first.")
-    return PlanningInputs(*profiles, request_of(run), folder, run.steps)
+    if run.pool.is_file():
+        _check_profiles(*profiles, run, load_pool(run.pool), path)
+    return PlanningInputs(*profiles, request_of(run), folder, run.steps, run.deadline_s, run.deadline_step_s)
+
+
+def _check_profiles(
+    pool: PoolProfile, model: ModelProfile, run: RunConfig, config: PoolConfig, path: Path
+) -> None:
+    """Check that profiles are of this run.
+
+    Raises:
+        ConfigError: They have other devices or rows, or the pool is from the catalog and has changed since.
+    """
+    seen = ""
+    here, there = [d.id for d in config.devices], [d.id for d in pool.devices]
+    if sorted(here) != sorted(there):
+        seen = f"they have the devices {', '.join(there)}; {run.pool} has {', '.join(here)}"
+    elif model.sequence_length != run.data.sequence_length:
+        seen = f"their rows have {model.sequence_length} tokens, the run's {run.data.sequence_length}"
+    elif config.is_catalog and config.catalog_profile() != pool:
+        seen = f"{run.pool} has changed since"
+    if seen:
+        raise ConfigError(
+            f"the profiles in {run.output} are not of this run: {seen}.",
+            fix=f"run `colledge profile {path}` again.",
+        )
 
 
 def from_profiles(
@@ -244,7 +272,7 @@ def show(report: PlanReport, console: Console) -> None:
         console.print()
     console.print(Text(f"The plan for {report.goal}; predictions are simulated from {report.basis}"))
     console.print(plan_table(report.plan, report.memory_bytes, boundary_bytes=report.boundary_bytes))
-    console.print("The best plan of each family (* chosen)", markup=False)
+    console.print("The best plan found of each family (* chosen)", markup=False)
     console.print(
         family_table(
             report.families,

@@ -34,8 +34,8 @@ class WhatIf:
 
     @property
     def supposes(self) -> bool:
-        """Whether the plan is for another pool or deadline than the files say."""
-        return bool(self.without or self.added or self.bandwidths or self.deadline or self.deadline_step)
+        """Whether the plan is for another pool, deadline or price than the files say."""
+        return self != WhatIf()
 
 
 def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
@@ -46,7 +46,7 @@ def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
     """
     changed = apply_changes(inputs.pool, _changes(options))
     steps = options.steps or inputs.steps
-    limit_s = _step_limit_s(options, steps)
+    limit_s = _step_limit_s(options, inputs, steps)
     request = inputs.request
     if limit_s is not None:
         request = request.model_copy(update={"deadline_step_s": limit_s})
@@ -110,10 +110,11 @@ def _of_kind(pool: PoolProfile, kind: str) -> DeviceProfile:
     )
 
 
-def _step_limit_s(options: WhatIf, steps: int | None) -> float | None:
+def _step_limit_s(options: WhatIf, inputs: PlanningInputs, steps: int | None) -> float | None:
     """Return the longest step that keeps both deadlines, in seconds."""
     limits = []
-    run_s = _parsed("--deadline", options.deadline, parse_seconds)
+    given = options.deadline is not None
+    run_s = _parsed("--deadline", options.deadline, parse_seconds) if given else inputs.deadline_s
     if run_s is not None:
         if steps is None:
             raise ConfigError(
@@ -121,7 +122,10 @@ def _step_limit_s(options: WhatIf, steps: int | None) -> float | None:
                 fix="give --steps N too, or --deadline-step for one step.",
             )
         limits.append(run_s / steps)
-    step_s = _parsed("--deadline-step", options.deadline_step, parse_seconds)
+    given = options.deadline_step is not None
+    step_s = (
+        _parsed("--deadline-step", options.deadline_step, parse_seconds) if given else inputs.deadline_step_s
+    )
     if step_s is not None:
         limits.append(step_s)
     if limits and min(limits) <= 0:

@@ -194,7 +194,7 @@ def _rival(
         )
     late = request.deadline_step_s is not None and plan.prediction.step_s > request.deadline_step_s
     return (
-        f"Best {name} plan: {plan.describe()}, {_figures(plan, request)}{times}"
+        f"Best {name} plan found: {plan.describe()}, {_figures(plan, request)}{times}"
         f"{', which misses the deadline' if late else ''}; limited by {_limit(limits, plan, pool)} "
         f"({_percent(_share(limits))} of its step)."
     )
@@ -236,7 +236,7 @@ def _left_out(best: Plan, request: PlanningRequest, pool: PoolProfile) -> list[s
     idle = sum(device.modes[0].idle_w for device in out) * best.prediction.step_s
     names = ", ".join(device.id for device in out)
     refused = [device.id for device in out if device.id in request.must_not_use]
-    why = "on request" if len(refused) == len(out) else "as no plan with them is better"
+    why = "on request" if len(refused) == len(out) else "as no better plan with them was found"
     counted = "counted" if request.accounting == "whole-pool" else "not counted"
     return [
         f"Left out {why}: {names}. Idle, they draw {format_joules(idle)} a step ({counted} in the energy above); "

@@ -17,9 +17,9 @@ from random import Random
 import numpy as np
 
 from colledge.planner.draft import Draft, StageDraft
-from colledge.planner.judge import Found, Judge, better
+from colledge.planner.judge import Found, Judge, better, family_of
 from colledge.planner.layouts import default_depths, depth_vectors, proportional
-from colledge.planner.request import Objective
+from colledge.planner.request import Family, Objective
 from colledge.planner.sweep import fill_rows
 from colledge.planner.tables import Array, Tables
 
@@ -454,7 +454,14 @@ class Moves:
 
 
 def climb(
-    start: Found, moves: Moves, judge: Judge, objective: Objective, budget: int, *, rough: bool = False
+    start: Found,
+    moves: Moves,
+    judge: Judge,
+    objective: Objective,
+    budget: int,
+    *,
+    rough: bool = False,
+    family: Family | None = None,
 ) -> Found:
     """Return the draft at which no move helps any more, or the one reached when the budget is spent.
 
@@ -465,6 +472,7 @@ def climb(
         objective: What to minimise.
         budget: Simulated actions that may be spent.
         rough: Let the closed form decide instead of the simulator.
+        family: Stay within one kind of parallelism.
     """
     best, score = start, judge.score(start, objective)
     stop, quiet, at = judge.work + budget, 0, 0
@@ -474,6 +482,8 @@ def climb(
             if judge.work >= stop:
                 return best
             judge.work += LOOK
+            if family is not None and family_of(draft) != family:
+                continue
             if rough:
                 found = judge.estimate(draft)
             elif judge.worth_judging(draft, score, objective):

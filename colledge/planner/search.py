@@ -38,7 +38,7 @@ _ROUGH_ACTIONS = 40_000
 _PATIENCE = 3  # times the budget is the most in all
 _RANDOM_DRAFTS, _MOST_RANDOM_STAGES = 12, 8
 _PROVABLE_ACTIONS = 20_000  # where a proof follows
-_PROOF_ACTIONS = 3_000_000
+_PROOF_ACTIONS = 1_000_000
 
 
 class Search:
@@ -53,9 +53,9 @@ class Search:
         effort: float = 1.0,
     ) -> None:
         self.costs, self.request, self.effort = costs, request, effort
-        self.devices = tuple(devices)
         self.tables = Tables(costs, request)
-        self.classes = device_classes(costs, devices, request.must_use)
+        self.devices = tuple(sorted(devices, key=self._rank))
+        self.classes = device_classes(costs, self.devices, request.must_use)
         self.judge = Judge(costs, request)
         self.sizes = list(sizes)
         self.moves = Moves(self.tables, self.classes, self.sizes)
@@ -87,7 +87,11 @@ class Search:
 
     def _polish(self, drafts: Sequence[Found], objective: Objective, budget: int) -> Found | None:
         """Improve the best draft of each family and of the best few ways to group devices, then the best for longer."""
-        starts = {found.draft: found for found in self.judge.families().values()}
+        reached = [
+            climb(found, self.moves, self.judge, objective, _CLIMB_ACTIONS, family=family)
+            for family, found in self.judge.families().items()
+        ]
+        starts = {found.draft: found for found in reached}
         groupings: dict[tuple[tuple[int, ...], ...], Found] = {}
         for found in sorted(drafts, key=lambda found: self.judge.score(found, objective)):
             grouping = tuple(
@@ -96,7 +100,7 @@ class Search:
             )
             groupings.setdefault(grouping, found)
         starts |= {found.draft: found for found in list(groupings.values())[:_STARTS]}
-        reached = [
+        reached += [
             climb(found, self.moves, self.judge, objective, _CLIMB_ACTIONS) for found in starts.values()
         ]
         best = self.judge.best(reached, objective)
@@ -244,6 +248,14 @@ class Search:
             at = gaps.index(min(gaps))
             groups[at : at + 2] = [groups[at] + groups[at + 1]]
         return groups
+
+    def _rank(self, device: str) -> tuple[float, int, str]:
+        """Return what orders devices the same however the pool lists them and their modes."""
+        whole = (0, self.tables.num_layers)
+        seconds = min(
+            self.tables.busy_s(device, mode, whole, 1, 1.0) for mode, _ in self.tables.modes(device)
+        )
+        return seconds, self.tables.pool.device(device).memory_bytes, device
 
     def _whole_s(self, device: str) -> float:
         return max(self.tables.busy_s(device, None, (0, self.tables.num_layers), 1, 1.0), 1e-12)

@@ -98,7 +98,7 @@ def _limits(report: PlanReport) -> str:
 def _families(report: PlanReport) -> str:
     ranked = sorted(report.families.items(), key=lambda item: item[1].energy_joules_per_step)
     rows = [_plan_row(name, figures, report) for name, figures in ranked]
-    return f"## The best plan of each family (modelled)\n\n{_table(_PLAN_HEADS, rows)}"
+    return f"## The best plan found of each family (modelled)\n\n{_table(_PLAN_HEADS, rows)}"
 
 
 def _baselines(report: PlanReport) -> str:
@@ -171,7 +171,7 @@ def _devices(report: PlanReport) -> str:
 def _sources(report: PlanReport) -> str:
     rows = [(figure.what, ", ".join(figure.names), figure.source) for figure in report.sources]
     table = _table(("figures", "of", "source"), rows)
-    return f"## Where the figures come from\n\n{table}\n\nPlanned in {format_seconds(report.planning_s)}."
+    return f"## Where the figures come from\n\n{table}"
 
 
 def _list(title: str, lines: Sequence[str]) -> str:

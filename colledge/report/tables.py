@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colledge.plan import DeviceFigures, Plan
+from colledge.plan import DeviceFigures, Plan, Stage
 from colledge.report.planning import NEAR_LIMIT, PlanReport
 from colledge.report.record import FamilyFigures, Report, relative_error
 from colledge.units import format_bytes, format_joules, format_seconds
@@ -134,7 +134,7 @@ def plan_table(
             computes = f"{format_seconds(device.compute_s)}{share}"
         cells: dict[str, str | Text] = {
             "stage": str(place.stage_index) if begins else "",
-            "layers": f"{stage.layers[0]}-{stage.layers[1] - 1}{again}" if begins else "",
+            "layers": f"{_layers(stage)}{again}" if begins else "",
             "device": Text(shard.device),
             "mode": Text(shard.mode or ""),
             ">rows": f"{stage.replicas[place.replica_index].samples} of {plan.microbatch_size}",
@@ -181,6 +181,12 @@ def _compare(table: Table, name: str, predicted: float | None, measured: float, 
         f"{error:+.1%}" if error is not None else "-",
         source,
     )
+
+
+def _layers(stage: Stage) -> str:
+    """Return the first and the last layer of a stage."""
+    start, stop = stage.layers
+    return str(start) if stop - start == 1 else f"{start}-{stop - 1}"
 
 
 def _table(*columns: str) -> Table:

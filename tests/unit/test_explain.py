@@ -305,14 +305,14 @@ def test_the_choice_has_its_bounds_and_each_rival_its_reason() -> None:
     assert "The pool is worse than one machine here: a alone takes 24 s" in text
     assert "2.17 times the time" in text
     assert "limited by the link a->b (77 % of its step)" in text
-    assert "Left out as no plan with them is better: b" in text
+    assert "Left out as no better plan with them was found: b" in text
 
 
 def test_a_pool_that_helps_is_not_called_worse() -> None:
     fast = make_pool("ab")
     text = "\n".join(reasons_of(make_plan(DATA, 1), {"single": make_plan(ALONE, 2)}, fast))
     assert "worse than one machine" not in text
-    assert "Best single plan: a[0:4), 24 s" in text
+    assert "Best single plan found: a[0:4), 24 s" in text
     assert "No single device can hold" not in "\n".join(reasons_of(make_plan(DATA, 1), {}, fast))
 
 

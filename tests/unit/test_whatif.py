@@ -375,9 +375,20 @@ def test_a_run_keeps_its_plan_when_asked_what_if(files: list[str], run: Cli, tmp
     assert code == 0, err
     assert json.loads(text)["running_costs"]["steps"] == 50
     assert sorted(path.name for path in out.iterdir()) == ["model-profile.json", "pool-profile.json"]
-    code, text, err = run("plan", str(file), "--electricity=0.3/kWh")
-    assert code == 0, err
+    for options in (["--electricity=0.3/kWh"], ["--steps=9"]):
+        assert run("plan", str(file), *options)[0] == 0
+        assert not (out / "plan.json").exists()
+    assert run("plan", str(file))[0] == 0
     assert (out / "plan.json").is_file()
+    (tmp_path / "pool.yaml").write_text("devices:\n  - {id: a}\n  - {id: c}\n")
+    code, _, err = run("plan", str(file))
+    assert code == 2
+    assert "are not of this run: they have the devices a, b; " in err
+    (tmp_path / "pool.yaml").write_text("devices:\n  - {id: b}\n  - {id: a}\n")
+    code, _, err = run("plan", str(file))
+    assert code == 2
+    assert "their rows have 8 tokens, the run's 512" in err
+    assert run("plan", str(file), "data.sequence_length=8")[0] == 0
 
 
 def test_advice_on_the_command_line(files: list[str], run: Cli) -> None:
