@@ -22,6 +22,7 @@ from colledge.planner.request import PlanBounds, PlanningRequest
 Array = npt.NDArray[np.float64]
 
 _MOST_SAMPLES_TRIED = 256
+_SOLVER = 1e-6  # relative; the solver keeps its constraints to 1e-7 in absolute terms
 _MOST_DEVICES_BY_SUBSET = 6
 
 
@@ -146,7 +147,7 @@ def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:
         joules = min((value for value in found if value is not None), default=0.0)
     # The solver's tolerance must not lift a bound above a plan that reaches it.
     return PlanBounds(
-        step_s=max(0.0, step_s * (1 - 1e-7)), energy_joules_per_step=max(0.0, (joules or 0.0) * (1 - 1e-7))
+        step_s=max(0.0, step_s * (1 - _SOLVER)), energy_joules_per_step=max(0.0, (joules or 0.0) * (1 - _SOLVER))
     )
 
 
