@@ -145,10 +145,7 @@ def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:
         ]
         found = [program.solve(subset, energy=True, deadline_s=deadline) for subset in subsets]
         joules = min((value for value in found if value is not None), default=0.0)
-    # The solver's tolerance must not lift a bound above a plan that reaches it.
-    return PlanBounds(
-        step_s=max(0.0, step_s * (1 - _SOLVER)), energy_joules_per_step=max(0.0, (joules or 0.0) * (1 - _SOLVER))
-    )
+    return PlanBounds(step_s=max(0.0, step_s), energy_joules_per_step=max(0.0, joules or 0.0))
 
 
 class _Program:
@@ -202,7 +199,11 @@ class _Program:
             alike[look] = first, number + 1
         shares: list[list[int]] = [[] for _ in kinds]
         loads: list[tuple[int, list[int], list[float]]] = []
-        solver.addVar(0.0, infinity if deadline_s is None else deadline_s)
+        # Seconds are counted in those of the slowest layer for the batch: the solver's tolerance becomes relative.
+        seconds_a_sample = [second for device, _ in alike.values() for _, second, _ in self._columns(device)]
+        scale_s = max(max(seconds_a_sample) * self.batch, 1e-300)
+        costs: list[float] = []
+        solver.addVar(0.0, infinity if deadline_s is None else deadline_s / scale_s)
         column = 1
         for device, number in alike.values():
             modes = self.costs.pool.device(device).modes
@@ -210,9 +211,11 @@ class _Program:
             idle_w += number * floor_w
             indices, seconds = [], []
             for kind, second, watts in self._columns(device):
+                second /= scale_s
                 solver.addVar(0.0, infinity)
                 if energy:
-                    solver.changeColCost(column, second * (watts - floor_w))
+                    costs.append(second * (watts - floor_w))
+                    solver.changeColCost(column, costs[-1])
                 shares[kinds.index(kind)].append(column)
                 indices.append(column)
                 seconds.append(second)
@@ -222,6 +225,7 @@ class _Program:
             left_out = [d for d in self.costs.pool.devices if d.id not in devices]
             idle_w += sum(d.modes[0].idle_w for d in left_out)
         solver.changeColCost(0, idle_w if energy else 1.0)
+        costs.append(idle_w if energy else 1.0)
         for kind, columns in zip(kinds, shares, strict=True):
             samples = float(self.batch * self.kinds[kind])
             solver.addRow(samples, samples, len(columns), np.array(columns), np.ones(len(columns)))
@@ -231,4 +235,6 @@ class _Program:
         solver.run()
         if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
-        return float(solver.getObjectiveValue())
+        # A constraint may be missed by 1e-7: of the whole work at the dearest rate that could be this much.
+        slack = _SOLVER * max(abs(cost) for cost in costs)
+        return (float(solver.getObjectiveValue()) * (1 - _SOLVER) - slack) * scale_s

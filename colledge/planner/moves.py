@@ -131,7 +131,7 @@ class Moves:
                         break
                     stages.append(fresh)
                 else:
-                    yield Draft(size, tuple(stages), default_depths(len(stages), count))
+                    yield from self._fresh(draft, size, tuple(stages))
 
     def depths(self, draft: Draft) -> Iterator[Draft]:
         """Run more or fewer forwards before the first backward."""
@@ -159,7 +159,7 @@ class Moves:
             if len(stage.group) == 1:
                 if len(draft.stages) > 1:
                     stages = draft.stages[:s] + draft.stages[s + 1 :]
-                    yield self._fresh(draft.microbatch_size, self.recut(stages))
+                    yield from self._fresh(draft, draft.microbatch_size, self.recut(stages))
                 continue
             for some in self._alike(stage):
                 rest = _without(stage, some)
@@ -185,7 +185,9 @@ class Moves:
                     group = tuple((device,) for device in some)
                     alone = StageDraft((0, 1), group, rows, units, ((mode,),) * len(some))
                     for s in range(len(draft.stages) + 1):
-                        yield self._fresh(size, self.recut((*draft.stages[:s], alone, *draft.stages[s:])))
+                        yield from self._fresh(
+                            draft, size, self.recut((*draft.stages[:s], alone, *draft.stages[s:]))
+                        )
 
     def exchanges(self, draft: Draft) -> Iterator[Draft]:
         """Exchange a device for one left out, or two devices of different stages."""
@@ -244,8 +246,8 @@ class Moves:
                     self.tables, layers, [*a, *b], [*ma, *mb], draft.microbatch_size, max(1, depth)
                 )
                 if whole is not None:
-                    yield self._fresh(
-                        draft.microbatch_size, (*draft.stages[:s], whole, *draft.stages[s + 2 :])
+                    yield from self._fresh(
+                        draft, draft.microbatch_size, (*draft.stages[:s], whole, *draft.stages[s + 2 :])
                     )
 
     def splits(self, draft: Draft) -> Iterator[Draft]:
@@ -279,7 +281,8 @@ class Moves:
                 if parts[0] is not None and parts[1] is not None:
                     for pair in ((parts[0], parts[1]), (parts[1], parts[0])):
                         stages = (*draft.stages[:s], *pair, *draft.stages[s + 1 :])
-                        yield from self._settled(self._fresh(draft.microbatch_size, self.recut(stages)))
+                        for fresh in self._fresh(draft, draft.microbatch_size, self.recut(stages)):
+                            yield from self._settled(fresh)
 
     def orders(self, draft: Draft) -> Iterator[Draft]:
         """Put two stages in each other's place; or the replicas of one in another order."""
@@ -288,7 +291,7 @@ class Moves:
             for t in range(s + 1, len(stages)):
                 order = list(stages)
                 order[s], order[t] = stages[t], stages[s]
-                yield self._fresh(draft.microbatch_size, self.recut(tuple(order)))
+                yield from self._fresh(draft, draft.microbatch_size, self.recut(tuple(order)))
         for s, stage in enumerate(stages):
             if 2 <= len(stage.group) <= _MANY:
                 for r in range(1, len(stage.group)):
@@ -436,8 +439,21 @@ class Moves:
         seconds = self.tables.busy_s(device, mode, (0, self.tables.num_layers), 1, 1.0)
         return (power.compute_w - power.idle_w) * seconds
 
-    def _fresh(self, size: int, stages: tuple[StageDraft, ...]) -> Draft:
-        return Draft(size, stages, default_depths(len(stages), self.batch // size))
+    def _fresh(self, draft: Draft, size: int, stages: tuple[StageDraft, ...]) -> Iterator[Draft]:
+        """Yield other stages with the depths of 1F1B, and with depths that grow as those of the draft do."""
+        num_stages, count = len(stages), self.batch // size
+        yield Draft(size, stages, default_depths(num_stages, count))
+        last = len(draft.stages) - 1
+        rows = [
+            (depth - 1) * draft.microbatch_size / (last - s) for s, depth in enumerate(draft.depths[:last])
+        ]
+        slope = max(rows, default=0.0) / size
+        if slope > 1:
+            yield Draft(
+                size,
+                stages,
+                tuple(min(count, 1 + round(slope * (num_stages - 1 - s))) for s in range(num_stages)),
+            )
 
     def _settled(self, draft: Draft) -> Iterator[Draft]:
         """Yield a draft as it is, and with rows and cuts made anew for its devices."""
