@@ -22,7 +22,7 @@ from colledge.planner.request import PlanBounds, PlanningRequest
 Array = npt.NDArray[np.float64]
 
 _MOST_SAMPLES_TRIED = 256
-_SOLVER = 1e-6  # relative; the solver keeps its constraints to 1e-7 in absolute terms
+_SOLVER = 1e-7  # relative; the solver is told to keep its constraints to 1e-9
 _MOST_DEVICES_BY_SUBSET = 6
 
 
@@ -190,6 +190,8 @@ class _Program:
         solver = highspy.Highs()
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
+        solver.setOptionValue("primal_feasibility_tolerance", 1e-9)
+        solver.setOptionValue("dual_feasibility_tolerance", 1e-9)
         infinity = highspy.kHighsInf
         idle_w, kinds = 0.0, list(self.kinds)
         alike: dict[str, tuple[str, int]] = {}
@@ -235,6 +237,6 @@ class _Program:
         solver.run()
         if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
-        # A constraint may be missed by 1e-7: of the whole work at the dearest rate that could be this much.
+        # What the constraints may be missed by, of the whole work at the dearest rate, and more.
         slack = _SOLVER * max(abs(cost) for cost in costs)
         return (float(solver.getObjectiveValue()) * (1 - _SOLVER) - slack) * scale_s
