@@ -187,7 +187,7 @@ def plan(
         else:
             show_advice(advice, _console())
         return
-    if run_file is not None and supposed.supposes:
+    if run_file is not None and (supposed.supposes or accounting or must_use or switch_modes):
         inputs = replace(inputs, folder=None)
     result = planning.plan(inputs)
     if as_json:

@@ -9,7 +9,14 @@ from typing import TypeVar
 
 from colledge.errors import ConfigError
 from colledge.launch.planning import PlanningInputs
-from colledge.planner.whatif import Changed, add_devices, apply_changes, remove_devices, set_bandwidth
+from colledge.planner.whatif import (
+    Changed,
+    add_devices,
+    apply_changes,
+    remove_devices,
+    set_bandwidth,
+    without_missing,
+)
 from colledge.profiles import DeviceProfile, PoolProfile
 from colledge.profiles.catalog import catalog_device
 from colledge.units import parse_bytes_per_s, parse_grams_per_kwh, parse_price_per_kwh, parse_seconds
@@ -50,6 +57,7 @@ def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
     request = inputs.request
     if limit_s is not None:
         request = request.model_copy(update={"deadline_step_s": limit_s})
+    request = without_missing(request, changed.pool)
     return replace(
         inputs,
         pool=changed.pool,

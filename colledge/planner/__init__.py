@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil, floor, log10
 from time import perf_counter
 
 from colledge.errors import ColledgeError, ConfigError, PlanError
@@ -119,7 +120,7 @@ def plan_training(
     return PlanningResult(
         best=chosen,
         families=families,
-        frontier=tuple(finish(found) for found in search.frontier()),
+        frontier=tuple(chosen if found.draft == best.draft else finish(found) for found in search.frontier()),
         bounds=bounds,
         baselines=baselines,
         reasons=tuple(reasons),
@@ -165,8 +166,8 @@ def _nothing_found(
         )
     return ConfigError(
         f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {smallest} or "
-        "more: with the devices and links that are there none fits in memory.",
-        fix="take a batch with more divisors (such as a power of two), or join more devices by links.",
+        f"more (at most {_MOST_MICROBATCHES[-1]} of them): with the devices and links that are there none fits.",
+        fix="take a smaller batch, or one with more divisors (such as a power of two), or join devices by links.",
     )
 
 
@@ -184,4 +185,6 @@ def _too_late(search: Search, best: Found, bounds: PlanBounds, deadline_s: float
             f"no plan{known} meets the deadline of {wanted} a step: the fastest takes "
             f"{format_seconds(best.step_s)} ({fastest}); the bound is {format_seconds(bounds.step_s)}."
         )
-    return PlanError(message, fix=f"allow at least {format_seconds(best.step_s)} a step, or add devices.")
+    digits = 3 - floor(log10(best.step_s))  # rounded up, so that the advice works
+    enough_s = ceil(best.step_s * 10**digits) / 10**digits
+    return PlanError(message, fix=f"allow at least {enough_s:g} s a step, or add devices.")

@@ -24,6 +24,7 @@ from colledge.planner.whatif import (
     cable_slow_links,
     fix_mode,
     remove_devices,
+    without_missing,
 )
 from colledge.profiles import DeviceProfile, ModelProfile, PoolProfile
 from colledge.records import Record
@@ -89,7 +90,9 @@ def advise(
     objective = request.objective
     changes = sorted(tried, key=lambda change: _order_of(change, objective))
     possible = [change for change in changes if change.step_s is not None]
-    notes = [f"{len(tried)} single changes were planned, each with the same search as the pool itself"]
+    notes = [
+        f"{len(tried)} single changes were planned, and the pool itself, by a shorter search than `colledge plan`'s"
+    ]
     if len(trials) > len(tried):
         notes.append(f"{len(trials) - len(tried)} more were not tried: " + _names(trials[len(tried) :]))
     return Advice(
@@ -106,6 +109,7 @@ def _plan(
 ) -> tuple[AdvisedChange, Plan | None]:
     """Return what a change brings: the plan found for it, or the present one where that is better still."""
     pool = trial.changed.pool
+    request = without_missing(request, pool)
     try:
         found = plan_training(pool, model, request, effort=_EFFORT).best
     except ColledgeError as fault:

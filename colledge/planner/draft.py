@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from itertools import accumulate
 from typing import NamedTuple
 
 from colledge.plan import Plan, PlanSchedule, Replica, Shard, Stage
@@ -34,13 +33,6 @@ class Draft(NamedTuple):
         return tuple(d for stage in self.stages for replica in stage.group for d in replica)
 
 
-def make_stage(
-    layers: tuple[int, int], group: Group, samples: tuple[int, ...], units: tuple[int, ...]
-) -> StageDraft:
-    """Return a stage whose devices run in their first power mode."""
-    return StageDraft(layers, group, samples, units, tuple((None,) * len(replica) for replica in group))
-
-
 def make_draft(microbatch_size: int, stages: tuple[StageDraft, ...], num_microbatches: int) -> Draft:
     """Return a draft with the depths of plain 1F1B."""
     return Draft(microbatch_size, stages, default_depths(len(stages), num_microbatches))
@@ -64,7 +56,7 @@ def draft_of(plan: Plan, shard_units: int) -> Draft:
     return Draft(plan.microbatch_size, tuple(stages), plan.warmup_depths())
 
 
-@lru_cache(maxsize=200_000)
+@lru_cache(maxsize=20_000)
 def _stage(draft: StageDraft) -> Stage:
     total = sum(draft.units)
     return Stage.model_construct(
@@ -102,8 +94,3 @@ def make_plan(draft: Draft, num_layers: int, global_batch_size: int) -> Plan:
         recompute=recompute if any(recompute) else None,
         prediction=None,
     )
-
-
-def row_edges(stage: StageDraft) -> tuple[int, ...]:
-    """Return the first row of each replica, and the number of rows."""
-    return tuple(accumulate(stage.samples, initial=0))

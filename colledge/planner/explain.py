@@ -56,6 +56,7 @@ def explain(
             reasons.append(_rival(name, plan, best, rival, request, pool))
     reasons += _against_baselines(best, baselines, request)
     reasons += _left_out(best, request, pool)
+    reasons += _switching(best)
     return reasons
 
 
@@ -176,7 +177,7 @@ def _memory(limits: Limits, plan: Plan) -> list[str]:
     stages = [str(s) for s in range(plan.num_stages) if plan.recomputes(s)]
     if stages:
         found.append(
-            f"Activations are computed again in the backward pass of stage {', '.join(stages)} to fit in memory."
+            f"Activations are computed again in the backward pass of stage {', '.join(stages)}, which saves memory."
         )
     return found
 
@@ -225,6 +226,21 @@ def _against_baselines(best: Plan, baselines: Sequence[Baseline], request: Plann
         names = enumerate_names([repr(name) for name in without])
         found.append(f"Baselines without a plan that can run here: {names}.")
     return found
+
+
+def _switching(best: Plan) -> list[str]:
+    """Return what a plan that names power modes asks of its user: the engine does not set them."""
+    modes = {p.shard.device: p.shard.mode for p in best.places() if p.shard.mode is not None}
+    notes = []
+    if modes:
+        named = ", ".join(f"{device} to {mode}" for device, mode in modes.items())
+        notes.append(f"Set the power modes before training ({named}): colledge does not switch power modes.")
+    if any(place.shard.paced for place in best.places()):
+        notes.append(
+            "The plan supposes that modes change between two computations; colledge's engine does not switch power "
+            "modes, so only software of your own would reach this energy."
+        )
+    return notes
 
 
 def _left_out(best: Plan, request: PlanningRequest, pool: PoolProfile) -> list[str]:

@@ -211,7 +211,12 @@ def _with_larger_microbatches(plan: Plan, factor: int) -> Plan:
         stage.model_copy(
             update={
                 "replicas": tuple(
-                    replica.model_copy(update={"samples": replica.samples * factor})
+                    replica.model_copy(
+                        update={
+                            "samples": replica.samples * factor,
+                            "shards": tuple(s.model_copy(update={"paced": {}}) for s in replica.shards),
+                        }
+                    )
                     for replica in stage.replicas
                 )
             }

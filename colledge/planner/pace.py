@@ -47,16 +47,14 @@ class _Computation:
     choices: tuple[_Choice, ...]
 
 
-def paced(plan: Plan, costs: PoolCosts, limit_s: float | None = None) -> Plan:
+def paced(plan: Plan, costs: PoolCosts) -> Plan:
     """Return a plan whose computations off the critical path run in slower modes, or the plan itself.
 
     Args:
         plan: A plan without paced computations. Sharded replicas keep their pace.
         costs: What computing in each mode takes.
-        limit_s: The longest step allowed; the plan's own by default.
     """
-    timeline = simulate(plan, costs)
-    limit_s = timeline.step_s if limit_s is None else max(limit_s, timeline.step_s)
+    limit_s = simulate(plan, costs).step_s
     computations = list(_computations(plan, costs))
     free = sum(len(entry.choices) > 1 for entry in computations)
     if not free or len(computations) > _MOST_COMPUTATIONS:

@@ -82,7 +82,7 @@ class Search:
         if best is not None:
             for end in ("time", "energy"):
                 self._improve_end(end)
-            best = self.judge.best([best, *self.judge.frontier], objective)
+            best = self.judge.best([*self.judge.frontier, best], objective)
         return best
 
     def _polish(self, drafts: Sequence[Found], objective: Objective, budget: int) -> Found | None:
@@ -176,7 +176,10 @@ class Search:
         """Return in words how much was searched, and whether the answer is proven."""
         text = f"{self.judge.num_simulated} plans were simulated"
         if self.proven:
-            return f"{text}; bounds on {self.exact.num_skeletons} layouts and cuts prove that no other plan is better."
+            return (
+                f"{text}; bounds on {self.exact.num_skeletons} layouts and cuts prove that no other plan of the "
+                "search space is better."
+            )
         return (
             f"{text}, found by a program over devices of each kind and by local changes. The space is too large for a "
             "proof that none is better; the bounds say how much better one could be."

@@ -40,7 +40,10 @@ def closest(
 ) -> Lack:
     """Return the worst lack under the plan that comes closest to fitting."""
     memory = MemoryModel(model, state_factor)
-    found = [_pipeline(order, model, memory) for order in _orders(devices, must_use, len(model.layers))]
+    found = [
+        _pipeline(order, model, memory, state_factor)
+        for order in _orders(devices, must_use, len(model.layers))
+    ]
     if 1 < len(devices) <= model.shard_units:
         found.append(_sharded(devices, model, memory))
     return min(found, key=lambda lack: lack.lacking_bytes)
@@ -106,47 +109,50 @@ def _orders(
     devices: Sequence[DeviceProfile], must_use: frozenset[str], most_stages: int
 ) -> Iterator[tuple[DeviceProfile, ...]]:
     by_memory = sorted(devices, key=lambda d: (d.id not in must_use, d.runtime_bytes - d.memory_bytes))
+    sizes = range(max(1, len(must_use)), min(len(devices), most_stages) + 1)
     if len(devices) <= _MOST_PERMUTED:
-        for size in range(max(1, len(must_use)), min(len(devices), most_stages) + 1):
+        for size in sizes:
             for order in permutations(devices, size):
                 if must_use <= {d.id for d in order}:
                     yield order
         return
-    for size in range(max(1, len(must_use)), min(len(devices), most_stages) + 1):
+    for size in sorted({*sizes[:8], *sizes[::8], *sizes[-1:]}):
         yield tuple(by_memory[:size])
         yield tuple(reversed(by_memory[:size]))
 
 
-def _pipeline(order: Sequence[DeviceProfile], model: ModelProfile, memory: MemoryModel) -> Lack:
+def _pipeline(
+    order: Sequence[DeviceProfile], model: ModelProfile, memory: MemoryModel, factor: float
+) -> Lack:
     """Return the worst lack of the pipeline over these devices whose worst lack is least."""
-    num_layers, num_stages = len(model.layers), len(order)
-    best = np.full(num_layers + 1, np.inf)
-    best[0] = -np.inf
-    came = np.zeros((num_stages, num_layers + 1), dtype=int)
-    known: list[dict[tuple[int, int], MemoryParts]] = []
+    layers, num_layers = model.layers, len(model.layers)
+    static, saved = (
+        np.concatenate(([0.0], np.cumsum(sizes)))
+        for sizes in (
+            [layer.parameter_bytes + (1 + factor) * layer.trainable_parameter_bytes for layer in layers],
+            [layer.saved_bytes_per_sample for layer in layers],
+        )
+    )
+    border = np.array([0.0, *(layer.output_bytes_per_sample for layer in layers[:-1]), 0.0])
+    into, out = border[:, None], border[None, :]
+    kept = saved[None, :] - saved[:, None]
+    best, came = np.where(np.arange(num_layers + 1) == 0, -np.inf, np.inf), []
     for s, device in enumerate(order):
-        fresh, parts = np.full(num_layers + 1, np.inf), {}
-        for stop in range(s + 1, num_layers - (num_stages - 1 - s) + 1):
-            for start in range(s, stop):
-                if np.isinf(best[start]) and start > 0:
-                    continue
-                load = min(
-                    (
-                        memory.parts(Load((start, stop), 1.0, 1, num_stages - s, flag), device.runtime_bytes)
-                        for flag in (False, True)
-                    ),
-                    key=lambda p: p.total_bytes,
-                )
-                worst = max(best[start], load.total_bytes - device.memory_bytes)
-                if worst < fresh[stop]:
-                    fresh[stop], came[s, stop] = worst, start
-                parts[(start, stop)] = load
-        best = fresh
-        known.append(parts)
+        depth = len(order) - s
+        activations = np.minimum(depth * kept, depth * into + kept)
+        needed = static[None, :] - static[:, None] + activations + 4 * into + (2 + depth) * out
+        lack = np.where(np.tri(num_layers + 1, dtype=bool), np.inf, needed)
+        worst = np.maximum(best[:, None], lack + device.runtime_bytes - device.memory_bytes)
+        came.append(worst.argmin(axis=0))
+        best = worst.min(axis=0)
     stop, lacks = num_layers, []
-    for s in range(num_stages - 1, -1, -1):
-        start = int(came[s, stop])
-        lacks.append(Lack(order[s], known[s][(start, stop)]))
+    for s in range(len(order) - 1, -1, -1):
+        start, device = int(came[s][stop]), order[s]
+        parts = (
+            memory.parts(Load((start, stop), 1.0, 1, len(order) - s, flag), device.runtime_bytes)
+            for flag in (False, True)
+        )
+        lacks.append(Lack(device, min(parts, key=lambda p: p.total_bytes)))
         stop = start
     return max(lacks, key=lambda lack: lack.lacking_bytes)
 

@@ -31,7 +31,8 @@ Whole = npt.NDArray[np.int64]
 _MOST_STATES = 64
 _MANY_CLASSES, _MOST_STATES_OF_MANY = 4, 256
 _MOST_CUTS = 12
-_MOST_STAGES = 6
+_MOST_STAGES, _MOST_STAGES_NEEDED = 6, 16
+_MOST_CELLS = 150_000_000
 _NUM_BOUNDS = 10
 
 
@@ -72,10 +73,18 @@ class Sweep:
 
     def __init__(self, tables: Tables, classes: Sequence[Sequence[str]], marginal: bool) -> None:
         self.tables, self.classes, self.marginal = tables, [list(members) for members in classes], marginal
-        self.most_stages = max(_MOST_STAGES, min(2 * self._stages_needed(), tables.num_layers))
+        needed = min(2 * self._stages_needed(), tables.num_layers, _MOST_STAGES_NEEDED)
+        self.most_stages = max(_MOST_STAGES, needed)
         self.positions = _spread(tables.num_layers, max(_MOST_CUTS, 2 * self.most_stages))
-        self.states = _count_vectors([len(members) for members in self.classes])
-        self.takes, self.moves = _takes(self.states)
+        counts, most = [len(members) for members in self.classes], _MOST_STATES_OF_MANY
+        while True:
+            self.states = _count_vectors(counts, most)
+            self.takes, self.moves = _takes(self.states)
+            pairs = sum(len(before) for before, _ in self.moves)
+            cells = pairs * len(self.positions) ** 2 * _NUM_BOUNDS * self.most_stages
+            if cells <= _MOST_CELLS or most <= 4:
+                break
+            most //= 2
         self.links = [self._link(members) for members in self.classes]
         self._from, self._to = np.triu_indices(len(self.positions), 1)  # a span is a pair of positions
         self._start, self._stop = self.positions[self._from], self.positions[self._to]
@@ -471,14 +480,14 @@ def _spread(num_layers: int, most: int) -> Whole:
     return np.unique(np.concatenate([np.array([0]), inner, np.array([num_layers])]))
 
 
-def _count_vectors(counts: Sequence[int]) -> Whole:
+def _count_vectors(counts: Sequence[int], most: int) -> Whole:
     """Return the numbers of devices of each class that may be used, in steps that keep them few; the first is none."""
     steps = [1] * len(counts)
 
     def axis(n: int, step: int) -> list[int]:
         return sorted({*range(0, n + 1, step), n})
 
-    most = _MOST_STATES if len(counts) < _MANY_CLASSES else _MOST_STATES_OF_MANY
+    most = min(most, _MOST_STATES) if len(counts) < _MANY_CLASSES else most
     while prod(len(axis(n, s)) for n, s in zip(counts, steps, strict=True)) > most:
         widest = max(range(len(counts)), key=lambda k: len(axis(counts[k], steps[k])))
         if steps[widest] >= counts[widest]:

@@ -11,6 +11,7 @@ from itertools import product
 from statistics import median
 
 from colledge.errors import ConfigError
+from colledge.planner.request import PlanningRequest
 from colledge.profiles import DeviceProfile, LinkProfile, PoolProfile, SegmentProfile
 from colledge.units import format_bytes, format_seconds
 
@@ -212,3 +213,10 @@ def _set_segment(pool: PoolProfile, name: str, bytes_per_s: float) -> Changed:
 def _replace_segment(pool: PoolProfile, old: SegmentProfile, new: SegmentProfile) -> PoolProfile:
     segments = tuple(new if segment.name == old.name else segment for segment in pool.segments)
     return _pool(pool.devices, pool.links, segments)
+
+
+def without_missing(request: PlanningRequest, pool: PoolProfile) -> PlanningRequest:
+    """Return a request whose `must_not_use` names only devices that are in the pool still."""
+    there = {device.id for device in pool.devices}
+    kept = tuple(id for id in request.must_not_use if id in there)
+    return request if kept == request.must_not_use else request.model_copy(update={"must_not_use": kept})

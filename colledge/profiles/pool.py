@@ -45,7 +45,13 @@ class PoolProfile(Record):
             if ids.count(id) > 1:
                 raise ValueError(f"device {id!r} appears {ids.count(id)} times; ids must differ")
         known = set(ids)
+        seen: set[tuple[str, str]] = set()
         for link in self.links:
+            if link.source == link.target:
+                raise ValueError(f"link {link.source}->{link.target} joins a device to itself")
+            if (link.source, link.target) in seen:
+                raise ValueError(f"link {link.source}->{link.target} appears twice; keep one")
+            seen.add((link.source, link.target))
             for end in (link.source, link.target):
                 if end not in known:
                     raise ValueError(f"link {link.source}->{link.target} names unknown device {end!r}")

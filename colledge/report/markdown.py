@@ -119,7 +119,7 @@ _PLAN_HEADS = ("", "plan", "step", "x time", "energy a step", "x energy", "memor
 def _plan_row(name: str, figures: FamilyFigures, report: PlanReport) -> tuple[str, ...]:
     time, energy = report.times_chosen(figures)
     peak = figures.peak_memory_bytes
-    chosen = figures.description == report.chosen.description
+    chosen = figures == report.chosen
     return (
         f"{name} (chosen)" if chosen else name,
         figures.description,

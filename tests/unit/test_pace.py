@@ -126,3 +126,15 @@ def test_pace_is_checked() -> None:
     shard["paced"] = {"F1": "warp"}
     with pytest.raises(PlanError, match="no power mode 'warp'"):
         predict(Plan.model_validate(values), pool, model)
+
+
+def test_a_paced_plan_is_explained_where_memory_is_tight() -> None:
+    pool, model = example((0.04, 0.06, 0.1), speeds=(1.0, 0.6))
+    devices = tuple(device.model_copy(update={"memory_bytes": 14 * MB}) for device in pool.devices)
+    pool = PoolProfile.model_validate(pool.model_copy(update={"devices": devices}).model_dump(by_alias=True))
+    request = PlanningRequest(
+        global_batch_size=8, objective="time", must_use=("a", "b", "c"), switch_modes=True
+    )
+    result = plan_training(pool, model, request)
+    assert any(place.shard.paced for place in result.best.places())
+    assert any("does not switch power modes" in reason for reason in result.reasons)

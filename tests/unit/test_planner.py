@@ -403,6 +403,11 @@ def test_every_bound_is_below_every_simulated_plan(
             assert found is not None
             assert found.step_s == seen.step_s
             assert found.energy_joules <= energy * (1 + 1e-9) + 1e-12
+    for found in judge.frontier:  # what is not beaten has exact figures
+        seen = predict(draft_plan(found.draft, len(model.layers), 4), pool, model)
+        whole, marginal = seen.energy_joules_per_step, seen.marginal_energy_joules_per_step
+        exactly = whole if accounting == "whole-pool" else marginal
+        assert (found.step_s, found.energy_joules) == (seen.step_s, pytest.approx(exactly, abs=1e-12))
 
 
 def test_the_closed_form_is_exact_where_nothing_waits() -> None:
@@ -485,6 +490,23 @@ def test_when_nothing_fits_the_nearest_miss_is_named() -> None:
     assert "device 'a' needs 94 MB" in error.value.message
     assert "lacks 34 MB" in error.value.message
     assert error.value.fix
+
+
+def test_a_large_pool_without_memory_says_what_is_missing() -> None:
+    ids = [f"device-{i}" for i in range(60)]
+    pool = make_pool(["k"] * 60, memory_bytes=70 * MB, ids=ids)
+    with pytest.raises(OutOfMemoryError, match=r"lacks \d+ MB, and its largest part"):
+        plan_training(pool, make_model({"k": 0.05}, num_blocks=60), PlanningRequest(global_batch_size=16))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "fault"), [("a", "a", "to itself"), ("a", "b", "appears twice")]
+)
+def test_odd_links_are_refused(source: str, target: str, fault: str) -> None:
+    values = make_pool(["k", "k"]).model_dump(by_alias=True, mode="json")
+    values["links"].append({**values["links"][0], "source": source, "target": target})
+    with pytest.raises(ValueError, match=fault):
+        PoolProfile.model_validate(values)
 
 
 def test_recompute_is_used_only_where_memory_needs_it() -> None:
