@@ -23,7 +23,7 @@ from colledge.schedule import simulate
 from tests.unit.test_planner import MB, make_model, make_pool
 
 POOLS = 60
-MOST_PLANS = 3500
+MOST_PLANS = 2000
 OBJECTIVES = ("energy", "time", "energy-delay")
 ACCOUNTINGS = ("whole-pool", "marginal")
 
