@@ -6,7 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -30,6 +30,8 @@ from colledge.planner.draft import make_plan as draft_plan
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
 from colledge.planner.layouts import compositions, depth_vectors, layouts, microbatch_sizes, proportional
+from colledge.planner.memory import Load, MemoryModel
+from colledge.planner.shortage import closest
 from colledge.planner.tables import Tables, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import ActionKind, simulate
@@ -497,6 +499,25 @@ def test_a_large_pool_without_memory_says_what_is_missing() -> None:
     pool = make_pool(["k"] * 60, memory_bytes=70 * MB, ids=ids)
     with pytest.raises(OutOfMemoryError, match=r"lacks \d+ MB, and its largest part"):
         plan_training(pool, make_model({"k": 0.05}, num_blocks=60), PlanningRequest(global_batch_size=16))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_closest_plan_is_closest_of_all_pipelines(seed: int) -> None:
+    numbers = random.Random(seed)
+    model = make_model({"k": 0.05}, num_blocks=4, units=1)
+    sizes = [numbers.randint(20, 60) * MB for _ in range(3)]
+    devices, memory = make_pool(["k"] * 3, memory_bytes=sizes).devices, MemoryModel(model, 2.0)
+    least = min(
+        max(
+            min(memory.parts(Load(span, 1.0, 1, count - s, flag), 0).total_bytes for flag in (False, True))
+            - device.memory_bytes
+            for s, (span, device) in enumerate(zip(pairwise((0, *cuts, 6)), order, strict=True))
+        )
+        for count in (1, 2, 3)
+        for order in permutations(devices, count)
+        for cuts in combinations(range(1, 6), count - 1)
+    )
+    assert closest(devices, model, 2.0, frozenset()).lacking_bytes == least
 
 
 @pytest.mark.parametrize(
