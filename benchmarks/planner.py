@@ -2,7 +2,8 @@
 
     python benchmarks/planner.py speed                     # seconds and memory against devices, layers and kinds
     python benchmarks/planner.py growth -o growth.html     # the same, plotted
-    python benchmarks/planner.py search --seconds 600      # against a long random search on 30 pools of 5 to 8 devices
+    python benchmarks/planner.py search --seconds 600      # a long random search on 30 pools of 5 to 8 devices
+    python benchmarks/planner.py compare                   # against the plans that those searches found
     python benchmarks/planner.py exact --pools 300         # against enumerating every plan
     python benchmarks/planner.py baselines                 # against other planners' plans on catalog Jetson pools
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.jetson_pools import baselines
+from colledge.plan import Plan
 from colledge.planner import PlanningRequest, PoolCosts, plan_training
 from colledge.planner.draft import Draft, StageDraft, draft_of, make_draft, make_plan
 from colledge.planner.judge import Found, Judge
@@ -247,12 +249,12 @@ class LongSearch:
         """Return the best draft found."""
         found = self.judge.judge(start)
         assert found is not None
-        best, stop = found, time.monotonic() + seconds
-        while time.monotonic() < stop:
+        best, stop = found, time.process_time() + seconds
+        while time.process_time() < stop:
             origin = self.numbers.choice((best, self._random(), self._random()))
             if origin is None:
                 continue
-            reached = self._anneal(origin, min(stop, time.monotonic() + seconds / 12))
+            reached = self._anneal(origin, min(stop, time.process_time() + seconds / 12))
             if self._value(reached) < self._value(best):
                 best = reached
             if len(self.judge._known) > 200_000:  # memory, not time, is what runs out
@@ -285,9 +287,9 @@ class LongSearch:
 
     def _anneal(self, current: Found, stop: float) -> Found:
         best, value = current, self._value(current)
-        began, heat = time.monotonic(), 0.03
-        while time.monotonic() < stop:
-            left = (stop - time.monotonic()) / max(stop - began, 1e-9)
+        began, heat = time.process_time(), 0.03
+        while time.process_time() < stop:
+            left = (stop - time.process_time()) / max(stop - began, 1e-9)
             options = list(self.numbers.choice(self.moves.kinds)(current.draft))
             for draft in self.numbers.sample(options, min(3, len(options))):
                 found = self.judge.judge(draft)
@@ -302,8 +304,10 @@ class LongSearch:
         return best
 
 
-def _search_case(arguments: tuple[int, float]) -> dict[str, object]:
-    seed, seconds = arguments
+LONG_SEARCHES = Path(__file__).with_name("long_searches.jsonl")  # the best plans that `search` found so far
+
+
+def _search_question(seed: int) -> tuple[PoolProfile, ModelProfile, PlanningRequest]:
     numbers = random.Random(5000 + seed)
     case = made_case(seed, numbers.randint(5, 8), numbers.randint(2, 5), numbers.randint(8, 26))
     request = PlanningRequest(
@@ -311,38 +315,60 @@ def _search_case(arguments: tuple[int, float]) -> dict[str, object]:
         objective=numbers.choice(("energy", "energy", "time", "energy-delay")),
         accounting=numbers.choice(("whole-pool", "marginal")),
     )
-    result = plan_training(*case, request)
-    search = LongSearch(*case, request, seed)
-    start = draft_of(result.best, case[1].shard_units)
-    ours = search.judge.judge(start)
-    assert ours is not None
-    best = search.run(start, seconds)
-    plan = make_plan(best.draft, len(case[1].layers), request.global_batch_size)
+    return *case, request
+
+
+def _search_long(arguments: tuple[int, float]) -> dict[str, object]:
+    seed, seconds = arguments
+    pool, model, request = _search_question(seed)
+    search = LongSearch(pool, model, request, seed)
+    best = search.run(draft_of(plan_training(pool, model, request).best, model.shard_units), seconds)
+    plan = make_plan(best.draft, len(model.layers), request.global_batch_size)
     return {
         "pool": seed,
-        "devices": len(case[0].devices),
-        "layers": len(case[1].layers),
-        "batch": request.global_batch_size,
-        "objective": request.objective,
-        "accounting": request.accounting,
-        "planning_s": round(result.planning_s, 2),
-        "ours": search._value(ours),
-        "searched": search._value(best),
-        "worse_by": search._value(ours) / search._value(best) - 1,
+        "seconds": seconds,
         "simulated": search.judge.num_simulated,
-        "their_plan": plan.describe(),
-        "our_plan": result.best.describe(),
+        "plan": plan.model_dump(mode="json"),
     }
 
 
 def search(num_pools: int, seconds: float, workers: int) -> None:
-    """Print how much better a long search is than the planner, pool by pool."""
+    """Search for long on every pool that has no plan in `LONG_SEARCHES` yet, and add what was found."""
+    known = (
+        {json.loads(line)["pool"] for line in LONG_SEARCHES.read_text().splitlines()}
+        if LONG_SEARCHES.exists()
+        else set()
+    )
+    todo = [(seed, seconds) for seed in range(num_pools) if seed not in known]
+    with multiprocessing.get_context("spawn").Pool(workers) as processes, LONG_SEARCHES.open("a") as file:
+        for row in processes.imap_unordered(_search_long, todo):
+            print(json.dumps(row), file=file, flush=True)
+
+
+def compare() -> None:
+    """Print how far the planner's plans are above those that `search` found, simulated anew."""
     worst = 0.0
-    with multiprocessing.get_context("spawn").Pool(workers) as pool:
-        for row in pool.imap_unordered(_search_case, [(seed, seconds) for seed in range(num_pools)]):
-            worst = max(worst, float(str(row["worse_by"])))
-            print(json.dumps(row), flush=True)
-    print(f"worst: {100 * worst:.2f} % above the best of {seconds:.0f} s of search")
+    for line in sorted(
+        LONG_SEARCHES.read_text().splitlines(), key=lambda line: int(json.loads(line)["pool"])
+    ):
+        row = json.loads(line)
+        pool, model, request = _search_question(row["pool"])
+        judge, result = Judge(PoolCosts(pool, model), request), plan_training(pool, model, request)
+        ours, theirs = (
+            judge.judge(draft_of(plan, model.shard_units))
+            for plan in (result.best, Plan.model_validate(row["plan"]))
+        )
+        assert ours is not None
+        assert theirs is not None
+        above = judge.score(ours, request.objective)[1] / judge.score(theirs, request.objective)[1] - 1
+        worst = max(worst, above)
+        print(
+            f"pool {row['pool']:2} {len(pool.devices)} devices {len(model.layers):2} layers "
+            f"batch {request.global_batch_size:2} {request.objective:12} {request.accounting:10} "
+            f"planned in {result.planning_s:5.2f} s, {100 * above:+.2f} %",
+            flush=True,
+        )
+    print(f"worst: {100 * worst:.2f} %")
 
 
 # -- against every plan --------------------------------------------------------------------------------------------
@@ -362,7 +388,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("speed", "growth", "search", "exact", "baselines"))
+    parser.add_argument("what", choices=("speed", "growth", "search", "compare", "exact", "baselines"))
     parser.add_argument("-o", "--output", type=Path, default=Path("growth.html"))
     parser.add_argument("--pools", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=600)
@@ -376,6 +402,8 @@ def main() -> None:
             growth(given.output)
         case "search":
             search(given.pools, given.seconds, given.workers)
+        case "compare":
+            compare()
         case "exact":
             exact(given.pools, given.seed)
         case "baselines":
