@@ -33,6 +33,7 @@ from colledge.measure import (
     Effort,
     LinkFit,
     Workload,
+    allocator_overhead,
     count_model,
     fit_link,
     runtime_bytes,
@@ -78,6 +79,7 @@ class DeviceFacts(Record):
 
     kind: str = Field(min_length=1)
     runtime_bytes: int = Field(ge=0)
+    allocator_overhead: float = Field(ge=0)
     usable_bytes: int = Field(gt=0)
 
 
@@ -177,7 +179,12 @@ def _measure_device(message: Message, wire: Wire) -> Message:
     device = torch.device(request.accelerator)
     build_model(request.model)
     taken = runtime_bytes(device)
-    facts = DeviceFacts(kind=_device_kind(device), runtime_bytes=taken, usable_bytes=usable_bytes(device))
+    facts = DeviceFacts(
+        kind=_device_kind(device),
+        runtime_bytes=taken,
+        allocator_overhead=allocator_overhead(device),
+        usable_bytes=usable_bytes(device),
+    )
     return Message({"answer": facts.model_dump(mode="json")})
 
 
@@ -443,6 +450,7 @@ class _Profiler:
                 kind=kinds[id],
                 memory_bytes=device.memory_bytes or facts[id].usable_bytes // sharers,
                 runtime_bytes=facts[id].runtime_bytes,
+                allocator_overhead=facts[id].allocator_overhead,
                 modes=(device.power_mode(),),
             )
 

@@ -11,7 +11,7 @@ from colledge.measure.compute import (
 )
 from colledge.measure.count import count_layer, count_model
 from colledge.measure.links import LinkFit, fit_link
-from colledge.measure.memory import resident_bytes, runtime_bytes, usable_bytes
+from colledge.measure.memory import allocator_overhead, resident_bytes, runtime_bytes, usable_bytes
 from colledge.measure.spread import NOISY_SPREAD, spread_of
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Stopwatch",
     "UpdateFactory",
     "Workload",
+    "allocator_overhead",
     "count_layer",
     "count_model",
     "fit_link",

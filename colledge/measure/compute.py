@@ -181,7 +181,7 @@ class StageBench:
         ids = torch.randint(num_tokens, shape, generator=self._generator)
         boundary = work.model.boundary_shape((work.sequence_length,))
         self._x = ids.to(work.device) if self._first else self._random((samples, *boundary))
-        self._gradient = None if self._loss else self._random((samples, *boundary))
+        self.gradient = None if self._loss else self._random((samples, *boundary))
         self._targets: Mapping[str, Tensor] = {"labels": ids.to(work.device)}
         self._denominator = ids.numel()  # as in a run, where it is known before the forward
 
@@ -204,7 +204,7 @@ class StageBench:
     def backward(self, output: Tensor) -> None:
         """Add to the gradients; nothing where everything up to here is frozen."""
         if output.requires_grad:
-            torch.autograd.backward(output, self._gradient)
+            torch.autograd.backward(output, self.gradient)
 
     def update(self) -> None:
         """Run the step's update."""

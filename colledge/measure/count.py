@@ -1,17 +1,21 @@
 """Counts what a layer needs: bytes of parameters, of its output and kept for backward, and FLOPs.
 
 Bytes kept are counted on small real runs, of one and of two samples: their difference is what a sample keeps,
-and what does not grow with samples (position tables) stays out. FLOPs are those of the operators that run.
+and what does not grow with samples (position tables) stays out. So is the workspace: the most that lives at a time
+in a forward and backward, less what is kept. FLOPs are those of the operators that run.
 """
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from colledge.measure.compute import StageBench, UpdateFactory, Workload
@@ -56,21 +60,23 @@ def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
     model, dtype = workload.model, workload.dtype
     shapes = model.layer_parameters(layer_index)
     bench = StageBench(workload, (layer_index, layer_index + 1))
-    trained = {name for name, parameter in bench.parameters.items() if parameter.requires_grad}
+    trained = [shapes[name] for name, parameter in bench.parameters.items() if parameter.requires_grad]
     boundary_bytes = prod(model.boundary_shape((workload.sequence_length,))) * dtype.itemsize
     is_last = layer_index == len(model.layer_names) - 1
     forward_flops, backward_flops = _flops(bench)
+    saved, most = ({n: count(bench, n) for n in (1, 2)} for count in (_saved_bytes, _most_bytes))
     return LayerProfile(
         name=model.layer_names[layer_index],
         kind=model.layer_kinds[layer_index],
         parameter_bytes=sum(prod(shape) for shape in shapes.values()) * dtype.itemsize,
-        trainable_parameter_bytes=sum(prod(s) for name, s in shapes.items() if name in trained)
-        * dtype.itemsize,
+        trainable_parameter_bytes=sum(map(prod, trained)) * dtype.itemsize,
         output_bytes_per_sample=0 if is_last else boundary_bytes,
-        saved_bytes_per_sample=max(_saved_bytes(bench, 2) - _saved_bytes(bench, 1), 0),
+        saved_bytes_per_sample=max(saved[2] - saved[1], 0),
+        workspace_bytes_per_sample=max(most[2] - saved[2] - (most[1] - saved[1]), 0),
+        largest_gradient_bytes=max(map(prod, trained), default=0) * dtype.itemsize,
         forward_flops_per_sample=forward_flops,
         backward_flops_per_sample=backward_flops,
-        tensor=_tensor_profile(model, layer_index, boundary_bytes),
+        tensor=_tensor_profile(workload, layer_index, boundary_bytes, max(saved[2] - saved[1], 0)),
         tied_to=_tied_to(model, layer_index),
     )
 
@@ -90,6 +96,77 @@ def _saved_bytes(bench: StageBench, samples: int) -> int:
         output = bench.forward(bench.rows())
     del output  # what was saved lived until here, so that no storage took the place of another
     return sum(saved.values())
+
+
+def _most_bytes(bench: StageBench, samples: int) -> int:
+    """Return the most bytes that live at a time in a forward and backward; parameters and gradients do not count."""
+    bench.load(samples)
+    parameters = bench.parameters.values()
+    live = _Live({_storage_id(t) for p in parameters for t in (p, p.grad) if t is not None})
+    hooks = [
+        p.register_hook(live.leave_out)  # type: ignore[no-untyped-call]
+        for p in parameters
+        if p.requires_grad
+    ]
+    x = bench.rows()
+    live.add(x)
+    with live:
+        output = bench.forward(x)
+        if bench.gradient is not None:
+            live.add(bench.gradient)
+        bench.backward(output)
+    for hook in hooks:
+        hook.remove()
+    return live.most_bytes()
+
+
+class _Live(TorchDispatchMode):
+    """Follows which storages live after each operator.
+
+    Args:
+        apart: Storages that do not count.
+    """
+
+    def __init__(self, apart: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._apart = apart
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}  # by storage: its reference and number
+        self._sizes: list[int] = []  # by number
+        self._moments: list[list[int]] = []
+        self._left_out: set[int] = set()
+
+    def add(self, tensor: Tensor) -> None:
+        """Follow a tensor that no operator made."""
+        storage, name = tensor.untyped_storage(), _storage_id(tensor)
+        if name not in self._apart and name not in self._storages:
+            self._storages[name] = StorageWeakRef(storage), len(self._sizes)  # type: ignore[no-untyped-call]
+            self._sizes.append(storage.nbytes())
+
+    def leave_out(self, tensor: Tensor) -> None:
+        """Do not count the storage of a tensor that lives now: the gradient of a parameter, before it is added."""
+        known = self._storages.get(_storage_id(tensor))
+        if known is not None:
+            self._left_out.add(known[1])
+
+    def most_bytes(self) -> int:
+        """Return the most bytes of any moment."""
+        return max(sum(self._sizes[n] for n in set(moment) - self._left_out) for moment in self._moments)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, and note what lives after it."""
+        result = function(*args, **(kwargs or {}))
+        self._storages = {
+            name: known
+            for name, known in self._storages.items()
+            if not known[0].expired()  # type: ignore[no-untyped-call]
+        }
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        self._moments.append([number for _, number in self._storages.values()])
+        return result
 
 
 def _storage_id(tensor: Tensor) -> int:
@@ -130,15 +207,24 @@ def _attention_backward_flops(
     return flops
 
 
-def _tensor_profile(model: LayeredModel, layer_index: int, boundary_bytes: int) -> TensorProfile | None:
+def _tensor_profile(
+    workload: Workload, layer_index: int, boundary_bytes: int, saved_bytes: int
+) -> TensorProfile | None:
+    model = workload.model
     if not model.is_sharded(layer_index):
         return None
+    whole_bytes = 0
+    if model.shard_units > 1:  # of one unit of n: whole + (saved - whole) / n
+        shard = StageBench(workload, (layer_index, layer_index + 1), (0, 1))
+        n, one_bytes = model.shard_units, _saved_bytes(shard, 2) - _saved_bytes(shard, 1)
+        whole_bytes = min(max(round((n * one_bytes - saved_bytes) / (n - 1)), 0), saved_bytes)
     forward, backward = _HEAD_ALLREDUCES if layer_index == len(model.layer_names) - 1 else _BLOCK_ALLREDUCES
     return TensorProfile(
         units=model.shard_units,
         forward_allreduces=forward,
         backward_allreduces=backward,
         allreduce_bytes_per_sample=boundary_bytes,
+        whole_saved_bytes_per_sample=whole_bytes,
     )
 
 

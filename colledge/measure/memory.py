@@ -34,6 +34,19 @@ def runtime_bytes(device: torch.device) -> int:
     return resident_bytes()
 
 
+def allocator_overhead(device: torch.device) -> float:
+    """Return the bytes that an allocator holds for each byte of activations and workspace, beside that byte.
+
+    An estimate, not measured on the device. On CPUs glibc's heap cannot use every hole between the tensors that wait
+    for their backward: 0.32 to 0.38 in a process that trains Llamas of 14 million parameters (glibc 2.36). The caching
+    allocator of GPUs rounds and splits blocks; 0.1 is a guess.
+
+    Args:
+        device: Where the worker computes.
+    """
+    return 0.1 if device.type == "cuda" else 0.35
+
+
 def usable_bytes(device: torch.device) -> int:
     """Return the bytes that training may use, runtime included: what is free now and what this process holds.
 

@@ -320,7 +320,7 @@ class Exact:
         reduce_f, reduce_b = between(options.reduce_forward_s), between(options.reduce_backward_s)
         forward, backward = own_f.max(axis=2) + reduce_f, own_b.max(axis=2) + reduce_b
         busy = (forward + backward).max(axis=1)
-        synced, static, saved = map(between, (tables.synced_bytes, tables.static_bytes, tables.saved_bytes))
+        synced = between(tables.synced_bytes)
         sync = np.zeros_like(options.units)
         n = len(group)
         if n > 1:
@@ -330,9 +330,11 @@ class Exact:
                 one = 2 * (n - 1) * latency_s + 2 * (n - 1) / n * num_bytes[:, k] / bandwidth
                 sync[:, k] = np.where(num_bytes[:, k] > 0, one, 0.0)
         tail = sync.max(axis=1) + own_u.max(axis=(1, 2))
-        room = np.array([[self._room(device) for device in replica] for replica in group])
+        holders = [[tables.pool.device(device) for device in replica] for replica in group]
+        room = np.array([[device.room_bytes for device in replica] for replica in holders])
+        overheads = np.array([[device.allocator_overhead for device in replica] for replica in holders])
         share = options.units[:, None, :]
-        needed = share * static[0] + static[1] + (share * saved[0] + saved[1]) * options.rows[:, :, None]
+        needed = tables.memory.least_bytes((start, stop), share, options.rows[:, :, None], overheads)
         busy = np.where((needed > room + 1).any(axis=(1, 2)), np.inf, busy)
         dynamic = options.compute_w * (count * (own_f + own_b) + own_u)
         dynamic = dynamic + options.talk_w * ((count * (reduce_f + reduce_b))[:, :, None] + sync[:, None])
@@ -348,10 +350,6 @@ class Exact:
         watts = options.floor_w.sum(axis=(1, 2))
         floor = tuple(float(getattr(arrays, name).min()) for name in StageArrays.__annotations__)
         return _Stage(arrays, watts, floor, float(watts.min()))
-
-    def _room(self, device: str) -> int:
-        profile = self.tables.pool.device(device)
-        return profile.memory_bytes - profile.runtime_bytes
 
     # -- drafts ----------------------------------------------------------------------------------------------
 

@@ -96,7 +96,7 @@ def _one_machine(
 
 def _different(pool: PoolProfile) -> list[str]:
     """Return one device of each amount of memory."""
-    return list({(d.memory_bytes, d.runtime_bytes): d.id for d in pool.devices}.values())
+    return list({(d.room_bytes, d.allocator_overhead): d.id for d in pool.devices}.values())
 
 
 def _holds(device: str, costs: PoolCosts, request: PlanningRequest) -> bool:

@@ -89,7 +89,7 @@ class Judge:
             for device, units in zip(replica, stage.units, strict=True):
                 profile = self._devices[device]
                 load = Load(stage.layers, units / total, rows, depth, stage.recompute)
-                needed = self.memory.parts(load, profile.runtime_bytes).total_bytes
+                needed = self.memory.parts(load, profile).total_bytes
                 found.append((device, needed - profile.memory_bytes))
         return found
 

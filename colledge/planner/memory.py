@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from colledge.errors import OutOfMemoryError
 from colledge.plan import Plan
 from colledge.planner.cost import find_ties, shared_bytes
-from colledge.profiles import ModelProfile, PoolProfile
+from colledge.profiles import DeviceProfile, ModelProfile, PoolProfile
 from colledge.units import format_bytes
+
+Array = npt.NDArray[np.float64]
 
 _BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryParts:
-    """What one device holds, in bytes."""
+    """What one device holds, in bytes.
+
+    `workspace_bytes` is what the hungriest layer needs for a moment, `allocator_bytes` what is free between tensors.
+    """
 
     parameters_bytes: float
     gradients_bytes: float
     optimizer_state_bytes: float
     activations_bytes: float
+    workspace_bytes: float
+    allocator_bytes: float
     wire_buffers_bytes: float
     runtime_bytes: float
 
@@ -33,11 +44,16 @@ class MemoryParts:
 
 @dataclass(frozen=True, slots=True)
 class _SpanBytes:
-    """Bytes of a span of layers: (of layers that split over shards, of layers that every shard holds whole)."""
+    """Bytes of a span of layers: (of layers that split over shards, of layers that every shard holds whole).
+
+    Sums over the layers; of `workspace` and `gradient` the largest.
+    """
 
     parameters: tuple[int, int]
     trainable: tuple[int, int]
     saved: tuple[int, int]
+    workspace: tuple[int, int]
+    gradient: tuple[int, int]
     input_bytes: int
     output_bytes: int
 
@@ -62,31 +78,60 @@ class MemoryModel:
         self._factor = optimizer_state_factor
         self._spans: dict[tuple[int, int], _SpanBytes] = {}
 
-    def parts(self, load: Load, runtime_bytes: int) -> MemoryParts:
+    def parts(self, load: Load, device: DeviceProfile) -> MemoryParts:
         """Return the parts of a load."""
-        span = self._spans.get(load.layers)
-        if span is None:
-            span = self._spans[load.layers] = self._span(*load.layers)
-        fraction = load.fraction
-        trainable = fraction * span.trainable[0] + span.trainable[1]
-        saved = (fraction * span.saved[0] + span.saved[1]) * load.samples
-        if load.recompute:
-            activations = load.in_flight * span.input_bytes * load.samples + saved
-        else:
-            activations = load.in_flight * saved
-        receives_and_gradients_sent = 2 * _BUFFERS_EACH_WAY * span.input_bytes
-        gradients_received_and_sends = (_BUFFERS_EACH_WAY + load.in_flight) * span.output_bytes
-        wire = (receives_and_gradients_sent + gradients_received_and_sends) * load.samples
+        span, fraction, samples = self._span(load.layers), load.fraction, load.samples
+        trainable = _share(span.trainable, fraction)
+        kept = samples * _kept(_share(span.saved, fraction), span.input_bytes, load.in_flight, load.recompute)
+        workspace = max(_largest(span.gradient, fraction), samples * _largest(span.workspace, fraction))
         return MemoryParts(
-            parameters_bytes=fraction * span.parameters[0] + span.parameters[1],
+            parameters_bytes=_share(span.parameters, fraction),
             gradients_bytes=trainable,
             optimizer_state_bytes=self._factor * trainable,
-            activations_bytes=activations,
-            wire_buffers_bytes=wire,
-            runtime_bytes=runtime_bytes,
+            activations_bytes=kept,
+            workspace_bytes=workspace,
+            allocator_bytes=device.allocator_overhead * (kept + workspace),
+            wire_buffers_bytes=samples * _wire(span.input_bytes, span.output_bytes, load.in_flight),
+            runtime_bytes=device.runtime_bytes,
         )
 
-    def _span(self, start: int, stop: int) -> _SpanBytes:
+    def most_samples(
+        self, device: DeviceProfile, layers: tuple[int, int], fraction: float, in_flight: int, recompute: bool
+    ) -> float:
+        """Return the most samples that fit on a device, rounded down; negative where not even the weights fit."""
+        span = self._span(layers)
+        grow = 1 + device.allocator_overhead
+        kept = _kept(_share(span.saved, fraction), span.input_bytes, in_flight, recompute)
+        fitting = _fit(
+            device.room_bytes - self.static_bytes(layers, fraction),
+            grow * kept + _wire(span.input_bytes, span.output_bytes, in_flight),
+            grow * _largest(span.workspace, fraction),
+            grow * _largest(span.gradient, fraction),
+        )
+        return float(fitting)
+
+    def static_bytes(self, layers: tuple[int, int], fraction: Any = 1.0) -> Any:
+        """Return the bytes of parameters, gradients and optimizer state; of fractions in an array, an array."""
+        span = self._span(layers)
+        return _share(span.parameters, fraction) + (1 + self._factor) * _share(span.trainable, fraction)
+
+    def least_bytes(
+        self, layers: tuple[int, int], fractions: Array, samples: Array, overheads: Array
+    ) -> Array:
+        """Return the bytes that any schedule needs, without the runtime, for arrays of loads and allocators."""
+        span = self._span(layers)
+        gradient, workspace = (np.maximum(fractions * a, b) for a, b in (span.gradient, span.workspace))
+        kept = samples * _share(span.saved, fractions) + np.maximum(gradient, samples * workspace)
+        total: Array = self.static_bytes(layers, fractions) + (1 + overheads) * kept
+        return total
+
+    def _span(self, layers: tuple[int, int]) -> _SpanBytes:
+        span = self._spans.get(layers)
+        if span is None:
+            span = self._spans[layers] = self._sum(*layers)
+        return span
+
+    def _sum(self, start: int, stop: int) -> _SpanBytes:
         layers = range(start, stop)
         parameters = {i: self._layers[i].parameter_bytes for i in layers}
         trainable = {i: self._layers[i].trainable_parameter_bytes for i in layers}
@@ -98,7 +143,9 @@ class MemoryModel:
         return _SpanBytes(
             parameters=self._split(parameters),
             trainable=self._split(trainable),
-            saved=self._split({i: self._layers[i].saved_bytes_per_sample for i in layers}),
+            saved=self._saved(layers),
+            workspace=self._most({i: self._layers[i].workspace_bytes_per_sample for i in layers}),
+            gradient=self._most({i: self._layers[i].largest_gradient_bytes for i in layers}),
             input_bytes=self._layers[start - 1].output_bytes_per_sample if start else 0,
             output_bytes=self._layers[stop - 1].output_bytes_per_sample if stop < len(self._layers) else 0,
         )
@@ -106,6 +153,100 @@ class MemoryModel:
     def _split(self, sizes: Mapping[int, int]) -> tuple[int, int]:
         sharded = sum(size for i, size in sizes.items() if self._layers[i].tensor)
         return sharded, sum(sizes.values()) - sharded
+
+    def _saved(self, layers: range) -> tuple[int, int]:
+        sharded, whole = self._split({i: self._layers[i].saved_bytes_per_sample for i in layers})
+        every = sum(
+            t.whole_saved_bytes_per_sample for i in layers if (t := self._layers[i].tensor) is not None
+        )
+        return sharded - every, whole + every
+
+    def _most(self, sizes: Mapping[int, int]) -> tuple[int, int]:
+        """Return the largest of layers that split over shards, and of those that every shard holds whole."""
+        sharded = [size for i, size in sizes.items() if self._layers[i].tensor]
+        whole = [size for i, size in sizes.items() if not self._layers[i].tensor]
+        return max(sharded, default=0), max(whole, default=0)
+
+
+class SpanMemory:
+    """The same for every span of layers at once, on devices that hold whole layers: arrays [start, stop].
+
+    Args:
+        model: The layers.
+        optimizer_state_factor: Bytes of optimizer state for each byte that trains.
+    """
+
+    def __init__(self, model: ModelProfile, optimizer_state_factor: float) -> None:
+        layers, factor = model.layers, 1 + optimizer_state_factor
+        self.static = _sums(
+            [layer.parameter_bytes + factor * layer.trainable_parameter_bytes for layer in layers]
+        )
+        for a, b in find_ties(layers):
+            shared, trained = shared_bytes(layers, (a, b))
+            self.static[: a + 1, b + 1 :] -= shared + factor * trained  # held once where a span has both ends
+        self._saved = _sums([layer.saved_bytes_per_sample for layer in layers])
+        self._workspace = _maxima([layer.workspace_bytes_per_sample for layer in layers])
+        self._gradient = _maxima([layer.largest_gradient_bytes for layer in layers])
+        border = np.array([0.0, *(layer.output_bytes_per_sample for layer in layers[:-1]), 0.0])
+        self._input, self._output = border[:, None], border[None, :]
+
+    def total_bytes(self, overhead: float, samples: int, in_flight: int, recompute: bool) -> Array:
+        """Return the bytes of so many samples, without the runtime, with an allocator's overhead."""
+        kept = samples * _kept(self._saved, self._input, in_flight, recompute)
+        workspace = np.maximum(self._gradient, samples * self._workspace)
+        wire = samples * _wire(self._input, self._output, in_flight)
+        total: Array = self.static + (1 + overhead) * (kept + workspace) + wire
+        return total
+
+    def most_samples(self, room_bytes: float, overhead: float, in_flight: int, recompute: bool) -> Array:
+        """Return the most samples that fit into the room, rounded down; negative where not even the weights fit."""
+        grow, kept = 1 + overhead, _kept(self._saved, self._input, in_flight, recompute)
+        fitting: Array = _fit(
+            room_bytes - self.static,
+            grow * kept + _wire(self._input, self._output, in_flight),
+            grow * self._workspace,
+            grow * self._gradient,
+        )
+        return fitting
+
+
+def _share(sizes: tuple[int, int], fraction: Any) -> Any:
+    return fraction * sizes[0] + sizes[1]
+
+
+def _largest(sizes: tuple[int, int], fraction: float) -> float:
+    return max(fraction * sizes[0], sizes[1])
+
+
+def _kept(saved: Any, into: Any, in_flight: int, recompute: bool) -> Any:
+    """Return the bytes a sample that wait for a backward: all that is saved, or inputs and one micro-batch's rest."""
+    return in_flight * into + saved if recompute else in_flight * saved
+
+
+def _wire(into: Any, out: Any, in_flight: int) -> Any:
+    """Return the bytes a sample of buffers: receives and gradients sent; gradients received and sends."""
+    return 2 * _BUFFERS_EACH_WAY * into + (_BUFFERS_EACH_WAY + in_flight) * out
+
+
+def _fit(room: Any, each: Any, workspace: Any, gradient: Any) -> Any:
+    """Return the most n with n x each + max(gradient, n x workspace) <= room, rounded down; below 0: none."""
+    least = 1e-9  # bytes: a layer may keep nothing
+    beside_gradient = (room - gradient) // np.maximum(each, least)
+    return np.minimum(beside_gradient, room // np.maximum(each + workspace, least))
+
+
+def _sums(sizes: Sequence[float]) -> Array:
+    """Return sums of layers [start, stop); negative where stop < start."""
+    prefix = np.concatenate(([0.0], np.cumsum(sizes)))
+    return prefix[None, :] - prefix[:, None]
+
+
+def _maxima(sizes: Sequence[float]) -> Array:
+    """Return the largest of layers [start, stop), 0 where there are none."""
+    spans = np.triu(np.tile(np.asarray(sizes, dtype=float), (len(sizes), 1)))
+    found = np.zeros((len(sizes) + 1,) * 2)
+    found[:-1, 1:] = np.maximum.accumulate(spans, axis=1)
+    return found
 
 
 def plan_memory(
@@ -123,7 +264,7 @@ def plan_memory(
             in_flight=depths[place.stage_index],
             recompute=plan.recomputes(place.stage_index),
         )
-        parts[place.shard.device] = memory.parts(load, pool.device(place.shard.device).runtime_bytes)
+        parts[place.shard.device] = memory.parts(load, pool.device(place.shard.device))
     return parts
 
 
@@ -153,6 +294,8 @@ def out_of_memory(device: str, parts: MemoryParts, there_bytes: int, prefix: str
     largest = max(names, key=lambda name: names[name])
     help_for = {
         "activations": "a smaller micro-batch, recompute on that stage, or more devices",
+        "workspace": "a smaller micro-batch, shorter rows, or tensor shards of the layer with the largest outputs",
+        "allocator": "a smaller micro-batch, recompute on that stage, or more devices",
         "wire buffers": "a smaller micro-batch",
         "optimizer state": "an optimizer with less state (SGD), LoRA, fewer layers on this device, or more devices",
         "runtime": "a device with more memory",

@@ -14,7 +14,7 @@ import numpy as np
 
 from colledge.errors import OutOfMemoryError
 from colledge.planner.layouts import proportional
-from colledge.planner.memory import Load, MemoryModel, MemoryParts, out_of_memory
+from colledge.planner.memory import Load, MemoryModel, MemoryParts, SpanMemory, out_of_memory
 from colledge.planner.request import PlanningRequest
 from colledge.profiles import DeviceProfile, ModelProfile
 
@@ -87,7 +87,10 @@ def _remedies(
         update={
             "layers": tuple(
                 layer.model_copy(
-                    update={"trainable_parameter_bytes": layer.trainable_parameter_bytes // _LORA_SHARE}
+                    update={
+                        "trainable_parameter_bytes": layer.trainable_parameter_bytes // _LORA_SHARE,
+                        "largest_gradient_bytes": layer.largest_gradient_bytes // _LORA_SHARE,
+                    }
                 )
                 for layer in model.layers
             )
@@ -108,7 +111,7 @@ def _remedies(
 def _orders(
     devices: Sequence[DeviceProfile], must_use: frozenset[str], most_stages: int
 ) -> Iterator[tuple[DeviceProfile, ...]]:
-    by_memory = sorted(devices, key=lambda d: (d.id not in must_use, d.runtime_bytes - d.memory_bytes))
+    by_memory = sorted(devices, key=lambda d: (d.id not in must_use, -d.room_bytes))
     sizes = range(max(1, len(must_use)), min(len(devices), most_stages) + 1)
     if len(devices) <= _MOST_PERMUTED:
         for size in sizes:
@@ -125,32 +128,21 @@ def _pipeline(
     order: Sequence[DeviceProfile], model: ModelProfile, memory: MemoryModel, factor: float
 ) -> Lack:
     """Return the worst lack of the pipeline over these devices whose worst lack is least."""
-    layers, num_layers = model.layers, len(model.layers)
-    static, saved = (
-        np.concatenate(([0.0], np.cumsum(sizes)))
-        for sizes in (
-            [layer.parameter_bytes + (1 + factor) * layer.trainable_parameter_bytes for layer in layers],
-            [layer.saved_bytes_per_sample for layer in layers],
-        )
-    )
-    border = np.array([0.0, *(layer.output_bytes_per_sample for layer in layers[:-1]), 0.0])
-    into, out = border[:, None], border[None, :]
-    kept = saved[None, :] - saved[:, None]
+    num_layers, spans = len(model.layers), SpanMemory(model, factor)
     best, came = np.where(np.arange(num_layers + 1) == 0, -np.inf, np.inf), []
     for s, device in enumerate(order):
         depth = len(order) - s
-        activations = np.minimum(depth * kept, depth * into + kept)
-        needed = static[None, :] - static[:, None] + activations + 4 * into + (2 + depth) * out
+        overhead = device.allocator_overhead
+        needed = np.minimum(*(spans.total_bytes(overhead, 1, depth, flag) for flag in (False, True)))
         lack = np.where(np.tri(num_layers + 1, dtype=bool), np.inf, needed)
-        worst = np.maximum(best[:, None], lack + device.runtime_bytes - device.memory_bytes)
+        worst = np.maximum(best[:, None], lack - device.room_bytes)
         came.append(worst.argmin(axis=0))
         best = worst.min(axis=0)
     stop, lacks = num_layers, []
     for s in range(len(order) - 1, -1, -1):
         start, device = int(came[s][stop]), order[s]
         parts = (
-            memory.parts(Load((start, stop), 1.0, 1, len(order) - s, flag), device.runtime_bytes)
-            for flag in (False, True)
+            memory.parts(Load((start, stop), 1.0, 1, len(order) - s, flag), device) for flag in (False, True)
         )
         lacks.append(Lack(device, min(parts, key=lambda p: p.total_bytes)))
         stop = start
@@ -164,7 +156,7 @@ def _sharded(devices: Sequence[DeviceProfile], model: ModelProfile, memory: Memo
     lacks = [
         Lack(
             device,
-            memory.parts(Load(whole, u / model.shard_units, 1, 1, True), device.runtime_bytes),
+            memory.parts(Load(whole, u / model.shard_units, 1, 1, True), device),
         )
         for device, u in zip(devices, units, strict=True)
     ]

@@ -93,8 +93,8 @@ class Sweep:
     def _stages_needed(self) -> int:
         """Return the stages at least that the weights need, one device a stage."""
         devices = [self.tables.pool.device(members[0]) for members in self.classes]
-        room = max(device.memory_bytes - device.runtime_bytes for device in devices)
-        return int(-(-self.tables.static_bytes[:, -1].sum() // max(room, 1)))
+        room = max(device.room_bytes for device in devices)
+        return int(-(-self.tables.memory.static_bytes((0, self.tables.num_layers)) // max(room, 1)))
 
     def _link(self, members: Sequence[str]) -> _Link | None:
         costs, one = self.tables.costs, members[0]
@@ -381,15 +381,14 @@ def fitted_pipeline(tables: Tables, groups: Sequence[Sequence[str]], m: int, cou
         depth = min(len(groups) - s, count)
         each = {device: tables.busy_s(device, None, whole, 1, 1.0) for device in group}
         rows = np.zeros((tables.num_layers + 1,) * 2)
-        alike: dict[int, int] = {}
+        alike: dict[tuple[int, float], int] = {}
         for device in group:
             profile = tables.pool.device(device)
-            alike[profile.memory_bytes - profile.runtime_bytes] = (
-                alike.get(profile.memory_bytes - profile.runtime_bytes, 0) + 1
-            )
-        for room, number in alike.items():
+            key = profile.room_bytes, profile.allocator_overhead
+            alike[key] = alike.get(key, 0) + 1
+        for key, number in alike.items():
             most = np.maximum(
-                tables.rows_of_spans(room, depth, False), tables.rows_of_spans(room, depth, True)
+                tables.rows_of_spans(*key, depth, False), tables.rows_of_spans(*key, depth, True)
             )
             rows += number * np.maximum(most, 0.0)
         rate = sum(1.0 / max(second, 1e-12) for second in each.values())

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
 from colledge.errors import ConfigError
-from colledge.planner.cost import PoolCosts, find_ties, shared_bytes
+from colledge.planner.cost import PoolCosts, shared_bytes
 from colledge.planner.draft import StageDraft
 from colledge.planner.layouts import Group
+from colledge.planner.memory import MemoryModel, SpanMemory
 from colledge.planner.request import PlanningRequest
 from colledge.profiles import PowerMode, Route
 
@@ -91,38 +91,23 @@ class Tables:
         self._bytes()
         self._devices = {device.id: device for device in self.pool.devices}
         self.modes = lru_cache(maxsize=None)(self._modes)
+        self.memory = MemoryModel(self.model, request.optimizer_state_factor)
+        self._spans = SpanMemory(self.model, request.optimizer_state_factor)
         self.rows_of_spans = lru_cache(maxsize=256)(self._span_rows)
 
     def _bytes(self) -> None:
-        """Sum bytes of layers [0, i); rows: layers that split over shards, layers that every shard holds whole."""
+        """Sum bytes that replicas sum, of layers [0, i): those that split over shards, those held whole."""
         layers = self.model.layers
-        never_synced, held_twice = [0] * len(layers), [(0, 0)] * len(layers)
+        never_synced = [0] * len(layers)
         for a, b in self.costs.ties:
             trained = shared_bytes(layers, (a, b))[1]
             never_synced[a] += trained
             never_synced[b] += trained
-        for tie in find_ties(layers):
-            shared, trained = shared_bytes(layers, tie)
-            held_twice[tie[1]] = (held_twice[tie[1]][0] + shared, held_twice[tie[1]][1] + trained)
-        optimizer = 1 + self.request.optimizer_state_factor
-        synced, static, saved = [], [], []
+        synced = np.zeros((2, len(layers) + 1))
         for i, layer in enumerate(layers):
-            trains = layer.trainable_parameter_bytes
-            synced.append(max(0, trains - never_synced[i]))
-            shared, trained = held_twice[i]
-            static.append(layer.parameter_bytes - shared + optimizer * (trains - trained))
-            saved.append(layer.saved_bytes_per_sample)
-        split = [layer.tensor is not None for layer in layers]
-        self.synced_bytes, self.static_bytes, self.saved_bytes = (
-            np.array(
-                [
-                    list(accumulate((x if s else 0 for x, s in zip(sizes, split, strict=True)), initial=0)),
-                    list(accumulate((0 if s else x for x, s in zip(sizes, split, strict=True)), initial=0)),
-                ],
-                dtype=float,
-            )
-            for sizes in (synced, static, saved)
-        )
+            row = 0 if layer.tensor is not None else 1
+            synced[row, i + 1] = max(0, layer.trainable_parameter_bytes - never_synced[i])
+        self.synced_bytes = synced.cumsum(axis=1)
         self.out_bytes = np.array([self.costs.boundary_bytes(i) for i in range(len(layers))], dtype=float)
 
     def _modes(self, device: str) -> tuple[tuple[str | None, PowerMode], ...]:
@@ -164,35 +149,20 @@ class Tables:
         self, device: str, layers: tuple[int, int], depth: int, fraction: float, recompute: bool
     ) -> int:
         """Return the most rows of a micro-batch that a device can hold, at least 0; -1 if not even the weights fit."""
-        start, stop = layers
         profile = self._devices[device]
-        static = self.static_bytes[:, stop] - self.static_bytes[:, start]
-        saved = self.saved_bytes[:, stop] - self.saved_bytes[:, start]
-        room = profile.memory_bytes - profile.runtime_bytes - (fraction * static[0] + static[1])
-        if room < 0:
-            return -1
-        kept = fraction * saved[0] + saved[1]
-        into = self.out_bytes[start - 1] if start > 0 else 0.0
-        out = self.out_bytes[stop - 1] if stop < self.num_layers else 0.0
-        each = (depth * into + kept if recompute else depth * kept) + 4 * into + (2 + depth) * out
-        return MOST_ROWS if each <= 0 else int(min(MOST_ROWS, room // each))
+        fitting = self.memory.most_samples(profile, layers, fraction, depth, recompute)
+        return int(max(-1, min(MOST_ROWS, fitting)))
 
-    def _span_rows(self, memory_bytes: int, depth: int, recompute: bool) -> Array:
-        """Return `memory_rows` of an unsharded device with so much memory, for every span, [start, stop]."""
-        stop, start = np.meshgrid(np.arange(self.num_layers + 1), np.arange(self.num_layers + 1))
-        static, saved = self.static_bytes.sum(axis=0), self.saved_bytes.sum(axis=0)
-        room = memory_bytes - (static[stop] - static[start])
-        kept = saved[stop] - saved[start]
-        border = np.concatenate(([0.0], self.out_bytes[:-1], [0.0]))  # what crosses before each layer
-        into, out = border[start], border[stop]
-        each = (depth * into + kept if recompute else depth * kept) + 4 * into + (2 + depth) * out
-        rows = np.floor(np.minimum(MOST_ROWS, room / np.maximum(each, 1e-9)))
-        return np.where((room < 0) | (stop <= start), -1.0, rows)
+    def _span_rows(self, room_bytes: int, overhead: float, depth: int, recompute: bool) -> Array:
+        """Return `memory_rows` of unsharded devices with so much room, for every span, [start, stop]; empty: -1."""
+        empty = np.tri(self.num_layers + 1, dtype=bool)
+        rows: Array = np.clip(self._spans.most_samples(room_bytes, overhead, depth, recompute), -1, MOST_ROWS)
+        return np.where(empty, -1.0, rows)
 
     def span_rows(self, device: str, depth: int, recompute: bool) -> Array:
         """Return `memory_rows` of an unsharded device for every span, [start, stop]; -1 for empty spans."""
         profile = self._devices[device]
-        return self.rows_of_spans(profile.memory_bytes - profile.runtime_bytes, depth, recompute)
+        return self.rows_of_spans(profile.room_bytes, profile.allocator_overhead, depth, recompute)
 
     def joined(self, group: Group) -> bool:
         """Return whether the devices of a stage that have to talk to each other can."""

@@ -41,14 +41,21 @@ class DeviceProfile(Record):
     """One device. Devices of one `kind` share timings.
 
     `memory_bytes` is what training may use, of which `runtime_bytes` is taken by the process itself before
-    the first weight arrives (measured). The first mode is the one a plan means when it names none.
+    the first weight arrives (measured). The allocator holds `allocator_overhead` bytes more for each byte of
+    activations and workspace. The first mode is the one a plan means when it names none.
     """
 
     id: str = Field(min_length=1)
     kind: str = Field(min_length=1)
     memory_bytes: int = Field(gt=0)
     runtime_bytes: int = Field(default=0, ge=0)
+    allocator_overhead: float = Field(default=0.0, ge=0)
     modes: tuple[PowerMode, ...] = Field(min_length=1)
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left of the memory beside the process itself; below 0 if that alone is too much."""
+        return self.memory_bytes - self.runtime_bytes
 
     @field_validator("modes")
     @classmethod

@@ -14,21 +14,24 @@ class TensorProfile(Record):
     """How a layer splits over the shards of a replica.
 
     `units` is the number of equal parts that cannot be cut further (KV groups). Each all-reduce carries
-    `allreduce_bytes_per_sample` for every sample.
+    `allreduce_bytes_per_sample` for every sample. Every shard keeps `whole_saved_bytes_per_sample` of what the layer
+    saves (inputs, norms), and its part of the rest.
     """
 
     units: int = Field(ge=1)
     forward_allreduces: int = Field(ge=0)
     backward_allreduces: int = Field(ge=0)
     allreduce_bytes_per_sample: int = Field(ge=0)
+    whole_saved_bytes_per_sample: int = Field(default=0, ge=0)
 
 
 class LayerProfile(Record):
     """One layer. Layers of one `kind` share timings; `tensor: null` means every shard holds a whole copy.
 
     `output_bytes_per_sample` is what a pipeline boundary after this layer carries; `saved_bytes_per_sample`
-    is what the layer keeps for its backward pass. `tied_to` names an earlier layer whose weight this one
-    shares.
+    is what the layer keeps for its backward pass, `workspace_bytes_per_sample` the most that a forward or backward
+    of it holds for a moment beside that, gradients of weights left out: of those one at a time exists twice, the
+    largest with `largest_gradient_bytes`. `tied_to` names an earlier layer whose weight this one shares.
     """
 
     name: str = Field(min_length=1)
@@ -37,6 +40,8 @@ class LayerProfile(Record):
     trainable_parameter_bytes: int = Field(ge=0)
     output_bytes_per_sample: int = Field(ge=0)
     saved_bytes_per_sample: int = Field(ge=0)
+    workspace_bytes_per_sample: int = Field(default=0, ge=0)
+    largest_gradient_bytes: int = Field(default=0, ge=0)
     forward_flops_per_sample: float = Field(ge=0)
     backward_flops_per_sample: float = Field(ge=0)
     tensor: TensorProfile | None = None
@@ -83,6 +88,11 @@ class ModelProfile(Record):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"layer {twice!r} appears twice; names must differ")
         for layer in self.layers:
+            if (
+                layer.tensor is not None
+                and layer.tensor.whole_saved_bytes_per_sample > layer.saved_bytes_per_sample
+            ):
+                raise ValueError(f"layer {layer.name!r}: more bytes are saved whole than in all")
             if layer.tied_to is not None and layer.tied_to not in names:
                 raise ValueError(f"layer {layer.name!r} is tied to unknown layer {layer.tied_to!r}")
         return self

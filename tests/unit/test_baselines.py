@@ -11,9 +11,8 @@ import pytest
 from colledge.plan import Plan
 from colledge.planner import PlanningRequest, PoolCosts, check_memory, plan_training, predict
 from colledge.planner.baselines import all_baselines
-from colledge.planner.baselines.candidates import Setting, even_parts
-from colledge.planner.baselines.spans import SpanMemory, least_slowest_cut, no_layers
-from colledge.planner.memory import Load, MemoryModel
+from colledge.planner.baselines.candidates import even_parts
+from colledge.planner.baselines.spans import least_slowest_cut, no_layers
 from colledge.planner.request import Baseline
 from colledge.profiles import ModelProfile, PoolProfile
 from tests.unit.test_planner import MB, figures, make_model, make_pool
@@ -171,17 +170,6 @@ def test_a_missing_link_is_said_by_those_who_need_it() -> None:
     assert "no link and no segment joins" in found["GPipe"].why_not
     assert "no link and no segment joins" in found["data parallel, equal shares"].why_not
     assert found["Asteroid"].plan is None
-
-
-def test_span_memory_is_the_planners() -> None:
-    model = make_model({"k": 0.1}, num_blocks=3, tied=True)
-    setting = Setting(PoolCosts(make_pool(["k"]), model), PlanningRequest(global_batch_size=4))
-    spans, exact = SpanMemory(setting), MemoryModel(model, 2.0)
-    for start, stop in combinations(range(6), 2):
-        for depth, recompute in ((1, False), (3, False), (3, True)):
-            wanted = exact.parts(Load((start, stop), 1.0, 2, depth, recompute), 0).total_bytes
-            found = spans.static[start, stop] + 2 * spans.per_sample(depth, recompute)[start, stop]
-            assert found == pytest.approx(wanted, abs=1), (start, stop, depth, recompute)
 
 
 def test_the_least_slowest_cut_is_that_of_enumeration() -> None:

@@ -30,7 +30,7 @@ from colledge.planner.draft import make_plan as draft_plan
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
 from colledge.planner.layouts import compositions, depth_vectors, layouts, microbatch_sizes, proportional
-from colledge.planner.memory import Load, MemoryModel
+from colledge.planner.memory import Load, MemoryModel, SpanMemory
 from colledge.planner.shortage import closest
 from colledge.planner.tables import Tables, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
@@ -268,6 +268,79 @@ def test_recompute_keeps_only_the_boundary_and_one_micro_batch() -> None:
     parts = plan_memory(plan, make_pool(["k", "k"]), model, 0.0)
     assert parts["a"].activations_bytes == 10 * MB
     assert parts["b"].activations_bytes == (4 + 10) * MB
+
+
+def uneven_model(numbers: random.Random) -> ModelProfile:
+    """Return a model whose layers all need different bytes."""
+    model = make_model({"k": 0.1}, num_blocks=3, tied=numbers.random() < 0.5)
+    names = ("output", "saved", "workspace")
+    layers = [
+        layer.model_copy(
+            update={f"{name}_bytes_per_sample": numbers.randint(0, 9 * MB) for name in names}
+            | {"largest_gradient_bytes": numbers.randint(0, 40 * MB)}
+        )
+        for layer in model.layers
+    ]
+    return model.model_copy(update={"layers": tuple(layers)})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_memory_of_all_spans_is_that_of_each(seed: int) -> None:
+    model = uneven_model(random.Random(seed))
+    one, all_spans = MemoryModel(model, 2.0), SpanMemory(model, 2.0)
+    device = make_pool(["k"]).devices[0].model_copy(update={"allocator_overhead": 0.25})
+    for start, stop in combinations(range(6), 2):
+        for samples, depth, recompute in ((1, 1, False), (2, 3, False), (9, 3, True)):
+            load = Load((start, stop), 1.0, samples, depth, recompute)
+            found = all_spans.total_bytes(0.25, samples, depth, recompute)[start, stop]
+            assert found == pytest.approx(one.parts(load, device).total_bytes, abs=1), load
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_most_samples_fit_and_one_more_does_not(seed: int) -> None:
+    numbers = random.Random(seed)
+    model = uneven_model(numbers)
+    one, all_spans = MemoryModel(model, 2.0), SpanMemory(model, 2.0)
+    for span in combinations(range(6), 2):
+        depth, recompute = numbers.randint(1, 3), numbers.random() < 0.5
+        figures = {"memory_bytes": numbers.randint(10, 500) * MB, "runtime_bytes": 10 * MB}
+        figures["allocator_overhead"] = numbers.choice((0, 0.5))
+        device = make_pool(["k"]).devices[0].model_copy(update=figures)
+        fraction = numbers.choice((1.0, 1.0, 0.25, 0.5))
+        most = int(one.most_samples(device, span, fraction, depth, recompute))
+        if fraction == 1.0:
+            room, overhead = device.room_bytes, device.allocator_overhead
+            assert all_spans.most_samples(room, overhead, depth, recompute)[span] == most
+
+        needed = [
+            one.parts(Load(span, fraction, samples, depth, recompute), device).total_bytes
+            for samples in (max(most, 0), max(most + 1, 0))
+        ]
+        if most >= 0:
+            assert needed[0] <= device.memory_bytes
+        assert needed[1] > device.memory_bytes
+
+
+def test_workspace_is_of_the_hungriest_layer() -> None:
+    model = make_model({"k": 1.0})
+    layers = list(model.layers)
+    layers[1] = layers[1].model_copy(update={"workspace_bytes_per_sample": 3 * MB})
+    layers[3] = layers[3].model_copy(
+        update={"workspace_bytes_per_sample": 7 * MB, "largest_gradient_bytes": 20 * MB}
+    )
+    memory = MemoryModel(model.model_copy(update={"layers": tuple(layers)}), 2.0)
+
+    device = make_pool(["k"]).devices[0].model_copy(update={"allocator_overhead": 0.5})
+
+    def workspace(layers: tuple[int, int], fraction: float, samples: int) -> float:
+        parts = memory.parts(Load(layers, fraction, samples, 1, False), device)
+        assert parts.allocator_bytes == (parts.activations_bytes + parts.workspace_bytes) / 2
+        return parts.workspace_bytes
+
+    assert workspace((0, 4), 1.0, 4) == 28 * MB  # the head's: every shard holds it whole
+    assert workspace((0, 4), 1.0, 2) == 20 * MB  # a gradient is added there
+    assert workspace((0, 3), 0.5, 4) == 6 * MB  # a block's: half a shard, half the workspace
+    assert workspace((0, 1), 1.0, 4) == 0
 
 
 def test_check_memory_names_device_bytes_and_help() -> None:
@@ -509,7 +582,10 @@ def test_the_closest_plan_is_closest_of_all_pipelines(seed: int) -> None:
     devices, memory = make_pool(["k"] * 3, memory_bytes=sizes).devices, MemoryModel(model, 2.0)
     least = min(
         max(
-            min(memory.parts(Load(span, 1.0, 1, count - s, flag), 0).total_bytes for flag in (False, True))
+            min(
+                memory.parts(Load(span, 1.0, 1, count - s, flag), device).total_bytes
+                for flag in (False, True)
+            )
             - device.memory_bytes
             for s, (span, device) in enumerate(zip(pairwise((0, *cuts, 6)), order, strict=True))
         )

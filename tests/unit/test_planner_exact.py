@@ -113,6 +113,8 @@ def random_case(numbers: random.Random, count: int) -> Case:
         tied=numbers.random() < 0.3,
         saved_bytes_per_sample=numbers.choice((5, 30)) * MB,
         output_bytes_per_sample=numbers.choice((MB // 10, MB)),
+        workspace_bytes_per_sample=numbers.choice((0, 10)) * MB,
+        largest_gradient_bytes=numbers.choice((0, 15)) * MB,
     )
     watts = {kind: (numbers.uniform(0, 9), numbers.uniform(9, 60), numbers.uniform(5, 12)) for kind in "pqr"}
     memory = numbers.choice(([10_000], [90, 130, 170, 250], [45, 60, 90, 400]))
@@ -123,6 +125,9 @@ def random_case(numbers: random.Random, count: int) -> Case:
         memory_bytes=[numbers.choice(memory) * MB for _ in kinds],
         segment=numbers.random() < 0.3,
     )
+    overhead = numbers.choice((0.0, 0.3))
+    devices = tuple(device.model_copy(update={"allocator_overhead": overhead}) for device in pool.devices)
+    pool = pool.model_copy(update={"devices": devices})
     if count > 1 and not pool.segments and numbers.random() < 0.4:
         links = tuple(
             link.model_copy(

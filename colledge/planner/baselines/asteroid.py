@@ -29,7 +29,6 @@ from colledge.planner.baselines.candidates import Setting, one_shard
 from colledge.planner.baselines.spans import (
     Array,
     Indices,
-    SpanMemory,
     between,
     compute_prefixes,
     no_layers,
@@ -93,7 +92,6 @@ class _Programme:
         self.num_microbatches = setting.request.global_batch_size // size
         pool, layers = setting.pool, setting.num_layers
         self.order = sorted(setting.devices, key=lambda d: -pool.device(d).memory_bytes)
-        self.memory = SpanMemory(setting)
         self.starts, self.stops = np.nonzero(~no_layers(layers))
         self.block = next(d for d in range(1, size + 1) if size % d == 0 and size // d <= _MOST_BLOCKS)
         self.num_blocks = size // self.block
@@ -232,7 +230,7 @@ class _Programme:
         """Return the blocks that fit on a device, a span; negative where not even the weights do."""
         key = (device, in_flight)
         if key not in self._caps:
-            most = self.memory.most_samples(self.setting, device, in_flight, self.recompute)
+            most = self.setting.most_samples(device, in_flight, self.recompute)
             blocks = np.clip(np.floor(most / self.block), -1, self.num_blocks)
             self._caps[key] = blocks[self.starts, self.stops].astype(np.int64)
         return self._caps[key]
@@ -242,7 +240,7 @@ class _Programme:
         members = self.order[first:following]
         kinds = self.kind_of[first:following]
         profiles = [self.setting.pool.device(device) for device in members]
-        alike = tuple((k, p.memory_bytes, p.runtime_bytes) for k, p in zip(kinds, profiles, strict=True))
+        alike = tuple((k, p.room_bytes, p.allocator_overhead) for k, p in zip(kinds, profiles, strict=True))
         key = (alike, in_flight)
         if key not in self._groups:
             caps = np.array([self._cap(device, in_flight) for device in members])

@@ -16,7 +16,7 @@ from colledge.errors import ConfigError
 from colledge.plan import Plan, PlanSchedule, Replica, Shard, Stage
 from colledge.planner.cost import PoolCosts
 from colledge.planner.energy import step_figures
-from colledge.planner.memory import Load, MemoryModel, plan_memory
+from colledge.planner.memory import Array, Load, MemoryModel, SpanMemory, plan_memory
 from colledge.planner.request import Baseline, PlanningRequest
 from colledge.schedule import Timeline, simulate
 from colledge.units import format_bytes
@@ -36,7 +36,17 @@ class Setting:
         self.num_layers = len(costs.model.layers)
         self.devices = tuple(d.id for d in self.pool.devices if d.id not in request.must_not_use)
         self.memory = MemoryModel(self.model, request.optimizer_state_factor)
-        self._needed: dict[Load, int] = {}
+        self._needed: dict[tuple[Load, int, float], int] = {}
+
+    @cached_property
+    def _spans(self) -> SpanMemory:
+        return SpanMemory(self.model, self.request.optimizer_state_factor)
+
+    def most_samples(self, device: str, in_flight: int, recompute: bool) -> Array:
+        """Return the samples of a micro-batch that fit on a device, for every span of layers [start, stop]."""
+        profile = self.pool.device(device)
+        overhead = profile.allocator_overhead
+        return self._spans.most_samples(profile.room_bytes, overhead, in_flight, recompute)
 
     @cached_property
     def _divisors(self) -> tuple[int, ...]:
@@ -107,9 +117,10 @@ class Setting:
                 recompute=plan.recomputes(place.stage_index),
             )
             device = self.pool.device(place.shard.device)
-            if load not in self._needed:
-                self._needed[load] = self.memory.parts(load, 0).total_bytes
-            lacking = self._needed[load] + device.runtime_bytes - device.memory_bytes
+            key = load, device.runtime_bytes, device.allocator_overhead
+            if key not in self._needed:
+                self._needed[key] = self.memory.parts(load, device).total_bytes
+            lacking = self._needed[key] - device.memory_bytes
             if lacking > 0 and (worst is None or lacking > worst[0]):
                 worst = lacking, device.id
         return worst

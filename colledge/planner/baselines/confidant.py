@@ -16,7 +16,6 @@ from colledge.planner.baselines.candidates import Setting, pipeline_stages
 from colledge.planner.baselines.pipeline import why_no_pipeline
 from colledge.planner.baselines.spans import (
     Array,
-    SpanMemory,
     between,
     compute_prefixes,
     least_slowest_cut,
@@ -41,7 +40,7 @@ def confidant(setting: Setting) -> Baseline:
 
 
 def _plans(setting: Setting, recompute: bool) -> list[Plan]:
-    memory, count = SpanMemory(setting), len(setting.devices)
+    count = len(setting.devices)
     empty = no_layers(setting.num_layers)
     plans = []
     for size in setting.sizes(count):
@@ -50,7 +49,7 @@ def _plans(setting: Setting, recompute: bool) -> list[Plan]:
         for s, device in enumerate(setting.devices):
             forward, backward = (between(p) for p in compute_prefixes(setting, device, size))
             seconds = forward * (2 if recompute else 1) + backward
-            most = memory.most_samples(setting, device, min(count - s, num_microbatches), recompute)
+            most = setting.most_samples(device, min(count - s, num_microbatches), recompute)
             stages.append(np.where(empty | (most < size), np.inf, seconds))
         edges = least_slowest_cut(stages, [_hop_s(setting, a, b, size) for a, b in pairwise(setting.devices)])
         if edges is not None:

@@ -9,7 +9,6 @@ import numpy.typing as npt
 
 from colledge.plan import Shard
 from colledge.planner.baselines.candidates import Setting
-from colledge.planner.cost import find_ties, shared_bytes
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
@@ -33,40 +32,6 @@ def compute_prefixes(setting: Setting, device: str, samples: int) -> tuple[Array
         return np.zeros(setting.num_layers + 1), np.zeros(setting.num_layers + 1)
     forward, backward = setting.costs.prefix_s(*setting.costs.key(Shard(device=device)), samples, 1.0)
     return np.asarray(forward), np.asarray(backward)
-
-
-class SpanMemory:
-    """Bytes that a device needs for every span, as `planner.memory` counts them for a whole (unsharded) span."""
-
-    def __init__(self, setting: Setting) -> None:
-        layers = setting.model.layers
-        factor = 1 + setting.request.optimizer_state_factor
-        sizes = [layer.parameter_bytes + factor * layer.trainable_parameter_bytes for layer in layers]
-        self.static = between(np.concatenate(([0.0], np.cumsum(sizes))))
-        for a, b in find_ties(layers):
-            shared, trained = shared_bytes(layers, (a, b))
-            self.static[: a + 1, b + 1 :] -= shared + factor * trained  # held once where a span has both ends
-        self.saved = between(
-            np.concatenate(([0.0], np.cumsum([layer.saved_bytes_per_sample for layer in layers])))
-        )
-        out = np.array([layer.output_bytes_per_sample for layer in layers], dtype=np.float64)
-        self.input = np.concatenate(([0.0], out))[:, None]
-        self.input[-1] = 0.0
-        self.output = np.concatenate(([0.0], out[:-1], [0.0]))[None, :]
-
-    def per_sample(self, in_flight: int, recompute: bool) -> Array:
-        """Return the bytes that every sample of a micro-batch adds."""
-        kept = in_flight * self.input + self.saved if recompute else in_flight * self.saved
-        # two receives and two gradients sent; two gradients received, and a send a micro-batch in flight
-        each: Array = kept + 4 * self.input + (2 + in_flight) * self.output
-        return each
-
-    def most_samples(self, setting: Setting, device: str, in_flight: int, recompute: bool) -> Array:
-        """Return the samples of a micro-batch that fit on a device, negative where not even the weights do."""
-        profile = setting.pool.device(device)
-        room = profile.memory_bytes - profile.runtime_bytes - self.static
-        each = np.maximum(self.per_sample(in_flight, recompute), 1e-9)
-        return np.where(room < 0, -1.0, np.floor(room / each))
 
 
 def least_slowest_cut(stage_s: Sequence[Array], hop_s: Sequence[Array]) -> list[int] | None:

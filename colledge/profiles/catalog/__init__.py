@@ -33,7 +33,7 @@ from colledge.records import Record, parse_record
 from colledge.units import Bytes, BytesPerSecond
 
 _TAGGED = re.compile(r"^\[(S|S2|D|M)\] \S")
-_DEVICE_FIGURES = ("memory_bytes", "usable_memory_bytes", "runtime_bytes")
+_DEVICE_FIGURES = ("memory_bytes", "usable_memory_bytes", "runtime_bytes", "allocator_overhead")
 _MODE_FIGURES = ("idle_w", "compute_w", "communicate_w", "achieved_flops_per_s", "memory_bytes_per_s")
 
 
@@ -66,8 +66,8 @@ class CatalogDevice(Record):
     """A device that can be bought.
 
     `memory_bytes` is what is on the board, `usable_memory_bytes` what training may use of it, `runtime_bytes` what
-    the worker itself takes of that. `sources` has a text for the path of every figure; `modes.*.idle_w` stands for
-    that figure of all modes that do not have their own.
+    the worker itself takes of that, `allocator_overhead` as in `DeviceProfile`. `sources` has a text for the path of
+    every figure; `modes.*.idle_w` stands for that figure of all modes that do not have their own.
     """
 
     kind: str = Field(pattern=r"^[a-z0-9-]+$")
@@ -75,6 +75,7 @@ class CatalogDevice(Record):
     memory_bytes: Bytes = Field(gt=0)
     usable_memory_bytes: Bytes = Field(gt=0)
     runtime_bytes: Bytes = Field(ge=0)
+    allocator_overhead: float = Field(ge=0)
     default_mode: str
     modes: tuple[CatalogMode, ...] = Field(min_length=1)
     sources: Mapping[str, str]
@@ -154,6 +155,7 @@ class CatalogDevice(Record):
             kind=self.kind,
             memory_bytes=self.usable_memory_bytes,
             runtime_bytes=self.runtime_bytes,
+            allocator_overhead=self.allocator_overhead,
             modes=tuple(PowerMode(source="catalog", **each.model_dump()) for each in modes),
         )
 

@@ -1,0 +1,26 @@
+"""The memory that the planner reckons with, against the peaks of real processes (benchmarks/memory.py)."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "memory.py"
+
+
+def test_processes_take_the_memory_that_the_planner_says() -> None:
+    cases = [word for name in ("gpipe", "tensor") for word in ("--case", name)]
+    ran = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--json", *cases],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert 0.95 < row["modelled_bytes"] / row["measured_bytes"] < 1.1, row
