@@ -57,7 +57,8 @@ def draft_of(plan: Plan, shard_units: int) -> Draft:
 
 
 @lru_cache(maxsize=20_000)
-def _stage(draft: StageDraft) -> Stage:
+def make_stage(draft: StageDraft) -> Stage:
+    """Return the stage of a plan, unchecked."""
     total = sum(draft.units)
     return Stage.model_construct(
         layers=draft.layers,
@@ -90,7 +91,7 @@ def make_plan(draft: Draft, num_layers: int, global_batch_size: int) -> Plan:
         global_batch_size=global_batch_size,
         microbatch_size=draft.microbatch_size,
         schedule=schedule,
-        stages=tuple(_stage(stage) for stage in draft.stages),
+        stages=tuple(make_stage(stage) for stage in draft.stages),
         recompute=recompute if any(recompute) else None,
         prediction=None,
     )

@@ -10,10 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 from colledge.errors import ConfigError
-from colledge.plan import Shard
 from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
 from colledge.planner.cost import PoolCosts
-from colledge.planner.draft import Draft, StageDraft, make_plan
+from colledge.planner.draft import Draft, StageDraft, make_plan, make_stage
 from colledge.planner.layouts import Group
 from colledge.planner.memory import Load, MemoryModel
 from colledge.planner.request import Family, Objective, PlanningRequest
@@ -121,13 +120,10 @@ class Judge:
         total, several = sum(stage.units), len(stage.group) > 1
         forwards, backwards, updates = [], [], [0.0]
         watts = joules = 0.0
-        for rows, replica, modes in zip(stage.samples, stage.group, stage.modes, strict=True):
-            slow_f = slow_b = 0.0
-            for device, units, mode in zip(replica, stage.units, modes, strict=True):
-                power, shard = (
-                    self._modes[device][mode],
-                    Shard.model_construct(device=device, fraction=units / total, mode=mode),
-                )
+        for group, replica in zip(stage.group, make_stage(stage).replicas, strict=True):
+            rows, slow_f, slow_b = replica.samples, 0.0, 0.0
+            for shard in replica.shards:
+                power = self._modes[shard.device][shard.mode]
                 forward, backward = self.costs.compute_s(stage.layers, shard, rows)
                 update = self.costs.update_s(stage.layers, shard)
                 if stage.recompute:
@@ -137,7 +133,7 @@ class Judge:
                 floor = min(power.idle_w, power.compute_w, power.communicate_w)
                 watts += floor
                 joules += (power.compute_w - floor) * (count * (forward + backward) + update)
-            reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, replica, rows)
+            reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, group, rows)
             if stage.recompute:
                 reduce_b += reduce_f
             if rows:
