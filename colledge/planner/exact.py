@@ -30,6 +30,7 @@ from colledge.planner.tables import Array, Tables, find_route
 _MOST_DEVICES = 4
 _MOST_OPTIONS = 20_000  # of one stage
 _MOST_DRAFTS = 400_000  # of one skeleton
+_BOUNDS_AN_ACTION = 20  # bounds that are reckoned in the time of one simulated action
 _MOST_SKELETONS = 100_000
 
 
@@ -82,6 +83,7 @@ class Exact:
         self.costs, self.batch = tables.costs, tables.request.global_batch_size
         self.devices = list(classes)
         self.complete = True
+        self._stop = 0
         self.num_skeletons = 0
         self._options = lru_cache(maxsize=None)(self._make_options)
         self._stage = lru_cache(maxsize=None)(self._make_stage)
@@ -104,7 +106,7 @@ class Exact:
             objective: What to minimise.
             most_work: Simulated actions to give up at.
         """
-        stop = self.judge.work + most_work
+        self._stop = self.judge.work + most_work
         open_: list[tuple[int, float, Layout, int, tuple[int, ...]]] = []
         for layout, size, cuts, late, value in self.skeletons(objective):
             for cut in np.flatnonzero(np.isfinite(value)):
@@ -112,10 +114,7 @@ class Exact:
                 if self._can_win(bound, best, objective):
                     open_.append((*bound, layout, size, cuts[cut]))
         for late_, value_, layout, size, edges in sorted(open_, key=lambda entry: entry[:2]):
-            if not self._can_win((late_, value_), best, objective):
-                break
-            if self.judge.work > stop:
-                self.complete = False
+            if not self.complete or not self._can_win((late_, value_), best, objective):
                 break
             best = self._try(layout, size, edges, objective, best)
         return best
@@ -369,6 +368,9 @@ class Exact:
             ):
                 break
             for draft in self.drafts(layout, size, cut, np.unravel_index(i, shape)):
+                if self.judge.work > self._stop:
+                    self.complete = False
+                    return best
                 found = self.judge.judge(draft)
                 if found is not None and (
                     best is None
@@ -385,6 +387,7 @@ class Exact:
         shape = tuple(len(f.watts) for f in found)
         if prod(shape) > _MOST_DRAFTS:
             return None
+        self.judge.work += prod(shape) // _BOUNDS_AN_ACTION
         stages, watts = [], np.zeros(())
         for s, stage in enumerate(found):
             axes = [1] * len(found)
