@@ -74,6 +74,7 @@ def _changes(options: WhatIf) -> list[Callable[[PoolProfile], Changed]]:
     if options.without:
         changes.append(partial(remove_devices, ids=options.without))
     changes += [_addition(text) for text in options.added]
+    named: set[str] = set()
     for text in options.bandwidths:
         name, equals, rate = text.rpartition("=")
         if not equals:
@@ -81,9 +82,14 @@ def _changes(options: WhatIf) -> list[Callable[[PoolProfile], Changed]]:
                 f"--bandwidth {text!r} has no '='.",
                 fix="write a segment or a link and its bandwidth, such as 'wifi=50 Mbit/s' or 'a->b=1 Gbit/s'.",
             )
-        bytes_per_s = _parsed("--bandwidth", rate, parse_bytes_per_s)
+        bytes_per_s, name = _parsed("--bandwidth", rate, parse_bytes_per_s), name.strip()
         assert bytes_per_s is not None
-        changes.append(partial(set_bandwidth, name=name.strip(), bytes_per_s=bytes_per_s))
+        if name in named:
+            raise ConfigError(
+                f"--bandwidth gives {name!r} twice.", fix="give each segment or link one bandwidth."
+            )
+        named.add(name)
+        changes.append(partial(set_bandwidth, name=name, bytes_per_s=bytes_per_s))
     return changes
 
 

@@ -339,6 +339,7 @@ def test_deadlines_prices_and_carbon(files: list[str], run: Cli) -> None:
         (["--with", "catalog:jetson-orin-nano:99999"], "write catalog:KIND:COUNT"),
         (["--with", "pool:zz"], "no device of kind 'zz'"),
         (["--bandwidth", "air"], "has no '='"),
+        (["--bandwidth", "air=1 Gbit/s", "--bandwidth", "air=2 Gbit/s"], "gives 'air' twice"),
         (["--bandwidth", "air=fast"], "--bandwidth: 'fast' is not a rate"),
         (["--bandwidth", "air=0"], "wanted more than 0"),
         (["--bandwidth", "water=1 Gbit/s"], "no segment 'water'"),
