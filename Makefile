@@ -18,7 +18,7 @@ demo: install ## profile, plan, train and report on three emulated devices
 	$(BIN)/colledge demo
 
 test: install ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install ## format, lint and types
 	$(BIN)/ruff format --check .

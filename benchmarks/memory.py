@@ -88,6 +88,7 @@ CASES = {
     "1f1b": Case(PIPELINE, 2),
     "gpipe": Case(PIPELINE, 2, "gpipe"),
     "recompute": Case(PIPELINE, 2, "gpipe", [True, True]),
+    "hybrid": Case([stage((0, 4), (2, ("d0",))), stage((4, 8), (2, ("d1", "d2")))], 2, "gpipe"),
     "tensor": Case([stage((0, 8), (4, ("d0", "d1")))], 4),
 }
 
