@@ -115,7 +115,8 @@ def layouts(
 def _layouts(devices: Sequence[str], shard_units: int) -> Iterator[Layout]:
     for groups in ordered_groups(devices):
         for shapes in product(*(list(group_shapes(group, shard_units)) for group in groups)):
-            yield from _replica_orders(shapes)
+            for layout in _replica_orders(shapes):
+                yield from _shard_orders(layout)
 
 
 def _ordered_layouts(devices: Sequence[str], shard_units: int) -> Iterator[Layout]:
@@ -151,6 +152,20 @@ def _replica_orders(shapes: tuple[Group, ...]) -> Iterator[Layout]:
         list(permutations(group)) if s > 0 and len(group) > 1 and len(shapes[s - 1]) > 1 else [group]
         for s, group in enumerate(shapes)
     ]
+    yield from product(*orders)
+
+
+def _shard_orders(layout: Layout) -> Iterator[Layout]:
+    """Yield a layout in each order of shards that matters.
+
+    Between stages of unequal numbers of shards some shards send more than others.
+    """
+    widths = [len(group[0]) for group in layout]
+    orders = []
+    for s, group in enumerate(layout):
+        others = {widths[t] for t in (s - 1, s + 1) if 0 <= t < len(layout)}
+        uneven = widths[s] > 1 and others - {widths[s]}
+        orders.append(list(product(*(permutations(replica) for replica in group))) if uneven else [group])
     yield from product(*orders)
 
 

@@ -285,7 +285,7 @@ class Moves:
                             yield from self._settled(fresh)
 
     def orders(self, draft: Draft) -> Iterator[Draft]:
-        """Put two stages in each other's place; or the replicas of one in another order."""
+        """Put two stages in each other's place; or the replicas or the shards of one in another order."""
         stages = draft.stages
         for s in range(len(stages)):
             for t in range(s + 1, len(stages)):
@@ -297,6 +297,9 @@ class Moves:
                 for r in range(1, len(stage.group)):
                     yield _with(draft, {s: _rotated(stage, r)})
                 yield _with(draft, {s: _reversed(stage)})
+            if len(stages) > 1:
+                for k in range(1, min(len(stage.units), _MANY)):
+                    yield _with(draft, {s: _turned(stage, k)})
 
     def shards(self, draft: Draft) -> Iterator[Draft]:
         """Turn replicas into shards or back; move a unit from shard to shard."""
@@ -569,6 +572,15 @@ def _rotated(stage: StageDraft, r: int) -> StageDraft:
     """Return a stage with replica r first."""
     order = [r, *(i for i in range(len(stage.group)) if i != r)]
     return _ordered(stage, order)
+
+
+def _turned(stage: StageDraft, k: int) -> StageDraft:
+    """Return a stage with the k-th shard of every replica first."""
+    return stage._replace(
+        group=tuple((*replica[k:], *replica[:k]) for replica in stage.group),
+        units=(*stage.units[k:], *stage.units[:k]),
+        modes=tuple((*modes[k:], *modes[:k]) for modes in stage.modes),
+    )
 
 
 def _reversed(stage: StageDraft) -> StageDraft:
