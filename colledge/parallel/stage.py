@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from colledge.models.layered import StageModule
 from colledge.models.losses import Loss, OutputShard
@@ -14,12 +15,12 @@ from colledge.models.losses import Loss, OutputShard
 
 @dataclass
 class _Saved:
-    """What a forward leaves for its backward."""
+    """What a forward leaves for its backward, which begins at `end`: an edge where the output itself is not needed."""
 
     x: Tensor
     context: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
-    output: Tensor | None
+    end: Tensor | GradientEdge | None
 
 
 class StageRunner:
@@ -61,7 +62,8 @@ class StageRunner:
         else:
             if x.is_floating_point():
                 x.requires_grad_()
-            saved.output = output = self._compute(saved)
+            output = self._compute(saved)
+            saved.end = self._end(output)
         if self._loss is not None:
             self.loss_sum += output.detach().double().cpu()
         return output.detach()
@@ -74,11 +76,11 @@ class StageRunner:
             gradient: Of the stage's output; None on the last stage, whose output is the loss.
         """
         saved = self._saved.pop(microbatch)
-        if saved.output is None:
+        if saved.end is None:
             if saved.x.is_floating_point():
                 saved.x.requires_grad_()
-            saved.output = self._compute(saved)
-        torch.autograd.backward(saved.output, gradient)
+            saved.end = self._end(self._compute(saved))
+        torch.autograd.backward(saved.end, gradient)
         return saved.x.grad
 
     def infer(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
@@ -91,6 +93,10 @@ class StageRunner:
         assert self._loss is not None
         with torch.no_grad():
             return float(self._loss.total(output, targets, self._shard))
+
+    def _end(self, output: Tensor) -> Tensor | GradientEdge:
+        """Return what a backward begins at: the loss itself, elsewhere an edge that does not hold the output."""
+        return output if self._loss is not None else get_gradient_edge(output)
 
     def _compute(self, saved: _Saved) -> Tensor:
         output = self._module(saved.x, saved.context)
