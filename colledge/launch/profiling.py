@@ -414,6 +414,7 @@ class _Profiler:
             sequence_length=self._training.sequence_length,
             layers=layers,
             timings=tuple(timings),
+            precision=self._training.precision,
         )
         for line in noise_warnings(pool, profile):
             self._say(line)

@@ -77,6 +77,7 @@ def model_profile_from_config(
         sequence_length=sequence_length,
         layers=layers,
         provenance="modelled",
+        precision=precision,
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from colledge.profiles.device import Source
 from colledge.records import Record
+from colledge.settings import Precision
 
 
 class TensorProfile(Record):
@@ -71,7 +72,7 @@ class ModelProfile(Record):
 
     `provenance` says where the layers' bytes and FLOPs come from: counted on a real device (`measured`), or
     from the configuration alone (`modelled`). Timings are always measured; a device kind without any is timed
-    from FLOPs and the rates of its power mode.
+    from FLOPs and the rates of its power mode. `precision` is that of parameters and activations; None is unknown.
     """
 
     schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
@@ -80,6 +81,7 @@ class ModelProfile(Record):
     layers: tuple[LayerProfile, ...] = Field(min_length=1)
     timings: tuple[Timing, ...] = ()
     provenance: Source = "measured"
+    precision: Precision | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelProfile:

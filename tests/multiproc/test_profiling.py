@@ -84,6 +84,7 @@ def test_every_kind_of_layer_is_timed_at_every_count_and_part(profiles: Profiles
         whole = {(kind, n, 1.0) for kind in ("embedding", "block", "head") for n in (1, 2, 4)}
         assert found == whole | {(kind, n, 0.5) for kind in ("block", "head") for n in (1, 4)}
     assert all(row.update_s > 0 for row in model.timings if row.shard_fraction == 1)
+    assert model.precision == "float32"
 
 
 def test_the_rehearsed_link_is_measured(profiles: Profiles) -> None:

@@ -64,6 +64,7 @@ def test_a_configuration_tells_what_is_counted_on_real_tensors(
     real = count_model(structure(config), SEQUENCE, DTYPES[precision], "causal_lm", NoUpdate)
     profile = analytic(config, precision)
     assert profile.provenance == "modelled"
+    assert profile.precision == precision
     assert profile.timings == ()
     for counted, layer in zip(real, profile.layers, strict=True):
         workspace = counted.workspace_bytes_per_sample  # real runs make masks too
