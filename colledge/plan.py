@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from colledge.errors import PlanError
 from colledge.profiles import PoolProfile
 from colledge.records import Record, read_json
+from colledge.settings import WirePrecision
 
 _FRACTION_TOLERANCE = 1e-6
 
@@ -154,7 +155,10 @@ class StepFigures(Record):
 
 
 class Plan(Record):
-    """plan.json: how a model is split over devices (decided; a plan written by hand loads too)."""
+    """plan.json: how a model is split over devices (decided; a plan written by hand loads too).
+
+    `wire_precision` is that of activations and their gradients between stages; None is as they are computed.
+    """
 
     schema_tag: Literal["colledge/plan/1"] = Field(alias="schema")
     num_layers: int = Field(ge=1)
@@ -163,6 +167,7 @@ class Plan(Record):
     schedule: PlanSchedule = PlanSchedule()
     stages: tuple[Stage, ...] = Field(min_length=1)
     recompute: tuple[bool, ...] | None = None
+    wire_precision: WirePrecision | None = None
     prediction: StepFigures | None = None
 
     @model_validator(mode="after")

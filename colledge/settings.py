@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,6 +11,9 @@ from colledge.records import Record
 from colledge.units import BytesPerSecond, Seconds
 
 Precision = Literal["float64", "float32", "bfloat16"]
+WirePrecision = Literal["bfloat16"]  # of what travels between pipeline stages; None: as computed
+
+ITEM_BYTES: Mapping[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 class OptimizerSettings(Record):

@@ -57,11 +57,12 @@ def predict(
         optimizer_state_factor: Bytes of optimizer state a byte of trainable parameter.
 
     Raises:
-        ConfigError: The plan does not fit the pool or the model, or a timing or a route is missing.
+        ConfigError: The plan does not fit the pool or the model, a timing or a route is missing, or the plan has a
+            wire precision and the model's profile no precision.
     """
     plan.check_pool(pool)
     plan.check_model(len(model.layers), model.shard_units)
-    timeline = simulate(plan, PoolCosts(pool, model))
+    timeline = simulate(plan, PoolCosts(pool, model, plan.wire_precision))
     return step_figures(plan, pool, timeline, plan_memory(plan, pool, model, optimizer_state_factor))
 
 
@@ -80,11 +81,12 @@ def plan_training(
         OutOfMemoryError: No plan fits; names the device that lacks bytes under the plan that comes closest, and what
             would help.
         PlanError: No plan meets the deadline; names the least possible time and the fastest plan found.
-        ConfigError: A constraint names an unknown device, or a timing or a link is missing.
+        ConfigError: A constraint names an unknown device, a timing or a link is missing, or a wire precision is asked
+            for and the model's profile has no precision.
     """
     started = perf_counter()
     devices = _usable(pool, request)
-    costs = PoolCosts(pool, model)
+    costs = PoolCosts(pool, model, request.wire_precision)
     _check_times(costs, devices)
     bounds = lower_bounds(costs, request)
     baselines = all_baselines(costs, request)
@@ -102,7 +104,7 @@ def plan_training(
 
     def finish(found: Found) -> Plan:
         plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
-        return with_prediction(plan)
+        return with_prediction(plan.model_copy(update={"wire_precision": request.wire_precision}))
 
     def with_prediction(plan: Plan) -> Plan:
         plan = Plan.model_validate(plan.model_dump(by_alias=True))

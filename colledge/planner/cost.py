@@ -19,6 +19,7 @@ from colledge.plan import Shard
 from colledge.profiles import LayerProfile, ModelProfile, PoolProfile, Route
 from colledge.profiles.catalog import read_catalog
 from colledge.profiles.device import Source
+from colledge.settings import ITEM_BYTES, WirePrecision
 
 _Points = list[tuple[float, float]]
 
@@ -158,11 +159,37 @@ def shared_bytes(layers: Sequence[LayerProfile], tie: tuple[int, int]) -> tuple[
     return parameters, min(parameters, a.trainable_parameter_bytes, b.trainable_parameter_bytes)
 
 
-class PoolCosts:
-    """What computing and sending take for one model on one pool; implements `colledge.schedule.Costs`."""
+def _boundary_share(model: ModelProfile, wire_precision: WirePrecision | None) -> tuple[int, int]:
+    """Return the bytes of an activation's entry on the wire and as computed, or (1, 1) where they are the same."""
+    if wire_precision is None:
+        return 1, 1
+    if model.precision is None:
+        raise ConfigError(
+            f"wire_precision {wire_precision} is asked for, and the profile of model {model.name!r} does not say in "
+            "which precision it computes.",
+            fix="profile the model again, give its profile `precision` (float64, float32 or bfloat16), or leave "
+            "wire_precision out.",
+        )
+    return ITEM_BYTES[wire_precision], ITEM_BYTES[model.precision]
 
-    def __init__(self, pool: PoolProfile, model: ModelProfile) -> None:
-        self.pool, self.model = pool, model
+
+class PoolCosts:
+    """What computing and sending take for one model on one pool; implements `colledge.schedule.Costs`.
+
+    Args:
+        pool: The devices and links.
+        model: The layers and timings.
+        wire_precision: Of what travels between stages; None: as computed. All-reduces are as computed in any case.
+
+    Raises:
+        ConfigError: A timing stands twice, or there is a wire precision and nobody knows the model's own.
+    """
+
+    def __init__(
+        self, pool: PoolProfile, model: ModelProfile, wire_precision: WirePrecision | None = None
+    ) -> None:
+        self.pool, self.model, self.wire_precision = pool, model, wire_precision
+        self._boundary_share = _boundary_share(model, wire_precision)
         self._times = _read_timings(model)
         self._rates = _read_rates(pool)
         self._ties = find_ties(model.layers)
@@ -350,7 +377,8 @@ class PoolCosts:
 
     def boundary_bytes(self, layer: int) -> int:
         """Return the bytes a sample that a pipeline boundary after `layer` carries."""
-        return self.model.layers[layer].output_bytes_per_sample
+        travels, computed = self._boundary_share
+        return -(-self.model.layers[layer].output_bytes_per_sample * travels // computed)
 
     def route(self, source: str, target: str) -> Route:
         """Return how bytes travel from one device to another."""

@@ -11,6 +11,7 @@ from colledge.planner.memory import plan_memory
 from colledge.planner.request import Baseline, PlanBounds, PlanningRequest
 from colledge.planner.sources import enumerate_names, estimates
 from colledge.profiles import ModelProfile, PoolProfile
+from colledge.settings import Precision
 from colledge.units import format_bytes, format_joules, format_seconds
 
 _NEAR_LIMIT = 0.9
@@ -44,10 +45,11 @@ def explain(
     baselines: Sequence[Baseline] = (),
 ) -> list[str]:
     """Return the reasons for a choice, most important first; before them, what of it rests on estimates."""
-    costs, factor = PoolCosts(pool, model), request.optimizer_state_factor
+    costs, factor = PoolCosts(pool, model, request.wire_precision), request.optimizer_state_factor
     limits = find_limits(best, costs, factor)
     reasons = estimates(best, request, costs)
     reasons.append(_choice(best, bounds, request))
+    reasons += rounding(best, model.precision)
     reasons += _one_machine(best, families, request, costs)
     reasons += limit_sentences(limits, best, pool)
     for name, plan in families.items():
@@ -75,6 +77,16 @@ def _choice(best: Plan, bounds: PlanBounds, request: PlanningRequest) -> str:
         ratio = joules(best, request) / bounds.energy_joules_per_step
         ratios.append(f"{ratio:.2f} times the least possible energy")
     return text + (f"; that is {' and '.join(ratios)}." if ratios else ".")
+
+
+def rounding(plan: Plan, precision: Precision | None) -> list[str]:
+    """Return what messages of another precision than that of computing mean, where a plan has such messages."""
+    if plan.num_stages == 1 or plan.wire_precision in (None, precision):
+        return []
+    return [
+        f"Activations and their gradients travel between stages in {plan.wire_precision}, as asked: training is not "
+        "bit for bit that of one machine."
+    ]
 
 
 def _one_machine(

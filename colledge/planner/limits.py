@@ -75,7 +75,7 @@ def find_limits(
     step_s = timeline.step_s or 1.0
     slowest = max(timeline.devices, key=lambda device: timeline.devices[device].compute_s)
     compute_s = timeline.devices[slowest].compute_s
-    free_s = simulate(plan, PoolCosts(_with_free_links(pool), model)).step_s
+    free_s = simulate(plan, PoolCosts(_with_free_links(pool), model, costs.wire_precision)).step_s
     free_s = min(max(free_s, compute_s), timeline.step_s)
     bubble_share, link_share = (free_s - compute_s) / step_s, (timeline.step_s - free_s) / step_s
     used_s = media_s(plan, costs, timeline)

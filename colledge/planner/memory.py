@@ -225,6 +225,7 @@ def _kept(saved: Any, into: Any, in_flight: int, recompute: bool) -> Any:
 
 def _wire(into: Any, out: Any, in_flight: int) -> Any:
     """Return the bytes a sample of buffers: receives and gradients sent; gradients received and sends."""
+    # Of full size, an upper bound where messages are rounded to a narrower wire precision.
     return 2 * _BUFFERS_EACH_WAY * into + (_BUFFERS_EACH_WAY + in_flight) * out
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from colledge.plan import Plan
 from colledge.records import Record
+from colledge.settings import WirePrecision
 
 Objective = Literal["energy", "time", "energy-delay"]
 Accounting = Literal["whole-pool", "marginal"]
@@ -22,7 +23,8 @@ class PlanningRequest(Record):
     `deadline_step_s` bounds the step; `optimizer_state_factor` is bytes of optimizer state a byte of trainable
     parameter (AdamW 2, SGD 0). `accounting` says whose idle energy the objective counts: the whole pool's, or
     only that of the devices that a plan uses. `switch_modes`: devices can change their power mode between two
-    computations, so those that nobody waits for are slowed down (`planner.pace`).
+    computations, so those that nobody waits for are slowed down (`planner.pace`). `wire_precision` is that of
+    messages between stages; only who asks gets another one than that of computing, since training is not exact then.
     """
 
     global_batch_size: int = Field(ge=1, le=1_000_000)
@@ -33,6 +35,7 @@ class PlanningRequest(Record):
     optimizer_state_factor: float = Field(default=2.0, ge=0)
     accounting: Accounting = "whole-pool"
     switch_modes: bool = False
+    wire_precision: WirePrecision | None = None
 
 
 class PlanBounds(Record):

@@ -212,8 +212,7 @@ class _Programme:
 
     def _hop_s(self) -> Array:
         """Return the seconds there and back of a micro-batch's boundary: [next device, layer]."""
-        outputs = [layer.output_bytes_per_sample for layer in self.setting.model.layers]
-        rows = self.size * np.array([0, *outputs], dtype=np.float64)
+        rows = self.size * self.setting.boundary_bytes
         seconds = np.full((len(self.order) + 1, len(rows)), np.inf)
         for following in range(1, len(self.order)):
             a, b = self.order[following - 1], self.order[following]

@@ -12,6 +12,8 @@ from functools import cached_property
 from itertools import pairwise
 from math import isqrt
 
+import numpy as np
+
 from colledge.errors import ConfigError
 from colledge.plan import Plan, PlanSchedule, Replica, Shard, Stage
 from colledge.planner.cost import PoolCosts
@@ -49,6 +51,12 @@ class Setting:
         return self._spans.most_samples(profile.room_bytes, overhead, in_flight, recompute)
 
     @cached_property
+    def boundary_bytes(self) -> Array:
+        """The bytes a sample that a boundary before layer i carries, for i = 0 .. num_layers; 0 before the first."""
+        outputs = (self.costs.boundary_bytes(layer) for layer in range(self.num_layers))
+        return np.array([0, *outputs], dtype=np.float64)
+
+    @cached_property
     def _divisors(self) -> tuple[int, ...]:
         batch = self.request.global_batch_size
         low = [d for d in range(1, isqrt(batch) + 1) if batch % d == 0]
@@ -78,6 +86,7 @@ class Setting:
             microbatch_size=size,
             stages=tuple(stages),
             schedule=schedule or PlanSchedule(),
+            wire_precision=self.costs.wire_precision,
         )
 
     def choose(self, name: str, plans: Sequence[Plan], why_none: str) -> Baseline:

@@ -60,7 +60,7 @@ def _plans(setting: Setting, recompute: bool) -> list[Plan]:
 
 def _hop_s(setting: Setting, a: str, b: str, size: int) -> Array:
     """Return the seconds of the slower way of a boundary between two devices, at each layer."""
-    rows = np.array([0, *(layer.output_bytes_per_sample for layer in setting.model.layers)], dtype=np.float64)
+    rows = size * setting.boundary_bytes
     ways = [setting.costs.route(a, b), setting.costs.route(b, a)]
-    hop: Array = np.max([way.latency_s + size * rows / way.bandwidth_bytes_per_s for way in ways], axis=0)
+    hop: Array = np.max([way.latency_s + rows / way.bandwidth_bytes_per_s for way in ways], axis=0)
     return hop
