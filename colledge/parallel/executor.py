@@ -2,7 +2,7 @@
 
 Receives are posted ahead of the action that waits for them and sends are not waited for until the step ends,
 so bytes travel while this rank computes. Between unequal replica groups a micro-batch's rows go to whoever
-computes them next:
+computes them next (in the plan's wire precision, where it has one):
 
     stage 0   replica 0: rows [0, 3)     replica 1: rows [3, 4)
     stage 1   replica 0: rows [0, 2)     replica 1: rows [2, 4)
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from colledge.models.layered import DTYPES
 from colledge.parallel.clock import Clock
 from colledge.parallel.gradients import Gradients
 from colledge.parallel.setup import RouteEstimate
@@ -106,7 +107,7 @@ class _Inbox:
     def _post(self) -> None:
         if self._next >= self._count:
             return
-        buffer = torch.empty(self._shape, dtype=self._executor.dtype)
+        buffer = torch.empty(self._shape, dtype=self._executor.wire_dtype)
         wire = self._executor.wire
         transfers = [
             wire.receive(buffer[e.start : e.stop], e.rank, self._tag + 2 * self._next)
@@ -122,7 +123,7 @@ class _Inbox:
         blocked_s = sum(transfer.wait(what) for transfer in transfers)
         self._executor.clock.waited(blocked_s, self._executor.expected_s(self._exchanges, buffer))
         self._post()
-        return buffer.to(self._executor.device)
+        return buffer.to(self._executor.device).to(self._executor.dtype)
 
 
 class Executor:
@@ -151,6 +152,7 @@ class Executor:
         device: torch.device,
     ) -> None:
         self.wire, self.clock, self.dtype, self.device = wire, clock, dtype, device
+        self.wire_dtype = DTYPES[plan.wire_precision] if plan.wire_precision is not None else dtype
         self._place = place
         self._actions = schedule.stages[place.stage_index]
         self._is_last = place.stage_index == plan.num_stages - 1
@@ -173,7 +175,7 @@ class Executor:
         )
 
     def _send(self, exchanges: tuple[Exchange, ...], tensor: Tensor, tag: int) -> list[Transfer]:
-        data = tensor.detach().to("cpu").contiguous()
+        data = tensor.detach().to(self.wire_dtype).to("cpu").contiguous()
         return [self.wire.send(data[e.start : e.stop], e.rank, tag) for e in exchanges]
 
     def rows(self, tensor: Tensor, microbatch: int) -> Tensor:

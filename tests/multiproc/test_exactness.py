@@ -163,11 +163,19 @@ def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def _round_after(model: Any, layer_index: int) -> None:
+    """Round what a Llama's layer gives to bfloat16 on its way on, and its gradient on its way back."""
+    module = model.model.layers[layer_index - 1] if layer_index else model.model.embed_tokens
+    module.register_forward_hook(lambda _module, _inputs, output: output.bfloat16().to(output.dtype))
+
+
 @cache
-def reference(case: Case) -> Outcome:
-    """Train the plain model in this process."""
+def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
+    """Train the plain model in this process; some layers' outputs can be rounded as a wire would round them."""
     torch.set_num_threads(1)
     model, _ = _start_weights(case)
+    for layer_index in rounded_after:
+        _round_after(model, layer_index)
     if case.precision == "float64":
         use_float64_norms(model)
     chosen = _optimizer(case)
@@ -526,6 +534,28 @@ def test_layers_are_restored_in_any_order(workers: Workers) -> None:
     losses = [engine.train_step(make_batch(case, index)).loss for index in range(10, NUM_STEPS)]
     engine.close()
     assert losses == pytest.approx(reference(case).losses[10:], rel=1e-10)
+
+
+# -- bfloat16 between stages ---------------------------------------------------------------------------------------
+
+ROUNDED = {
+    "two stages, shards to replicas": PLANS["hybrid"],
+    "three stages, computed again": _plan(
+        _stage((0, 1), (3, {"d0": 1}), (1, {"d1": 1})),
+        _stage((1, 3), (4, {"d3": 1})),
+        _stage((3, 5), (4, {"d2": 1})),
+    ).model_copy(update={"recompute": (False, True, False)}),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_rounding_on_the_wire_is_rounding_at_the_cuts(name: str, workers: Workers) -> None:
+    case = Case("llama-tied", "adamw-clipped")
+    plan = ROUNDED[name].model_copy(update={"wire_precision": "bfloat16"})
+    cuts = tuple(stage.layers[1] - 1 for stage in plan.stages[:-1])
+    outcome = train([plan], case, workers)
+    assert outcome.difference(reference(case, cuts)) < TOLERANCE["float64"]
+    assert outcome.difference(reference(case)) > 1e6 * TOLERANCE["float64"]
 
 
 # -- negative controls ---------------------------------------------------------------------------------------------
