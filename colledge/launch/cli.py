@@ -113,6 +113,10 @@ def plan(
     objective: Annotated[
         str | None, typer.Option(help="energy (default), time or energy-delay.", show_default=False)
     ] = None,
+    wire_precision: Annotated[
+        str | None,
+        typer.Option(help="bfloat16: what travels between stages is rounded to it; default: as computed."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for plan.json, plan.html and plan.md.")
     ] = None,
@@ -154,7 +158,8 @@ def plan(
     from colledge.launch import planning
     from colledge.launch.whatif import WhatIf, apply_what_if
 
-    if run_file is not None and (pool_profile or model_profile or global_batch_size or objective or output):
+    of_profiles = (pool_profile, model_profile, global_batch_size, objective, wire_precision, output)
+    if run_file is not None and any(of_profiles):
         raise ConfigError(
             "saw run.yaml and options that belong to profiles.",
             fix="change run.yaml's keys, such as objective=time, or give both profiles and no run.yaml.",
@@ -163,7 +168,7 @@ def plan(
         inputs = planning.from_run(run_file, overrides or [])
     else:
         inputs = planning.from_profiles(
-            pool_profile, model_profile, global_batch_size, objective or "energy", output
+            pool_profile, model_profile, global_batch_size, objective or "energy", output, wire_precision
         )
     inputs = planning.constrained(inputs, accounting, must_use or (), switch_modes)
     supposed = WhatIf(

@@ -20,6 +20,7 @@ batch: {global_size: 16}      # rows in a step, over all devices
 optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
 steps: 200
 precision: float32            # float64 | float32 | bfloat16
+# wire_precision: bfloat16    # of messages between stages: they shrink, and training is no longer exact
 seed: 0                       # orders the data; never depends on the plan
 pool: pool.yaml
 objective: energy             # energy (of the whole pool) | time | energy-delay

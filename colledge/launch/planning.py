@@ -103,6 +103,7 @@ def from_profiles(
     global_batch_size: int | None,
     objective: str,
     output: Path | None,
+    wire_precision: str | None = None,
 ) -> PlanningInputs:
     """Return profiles measured elsewhere and what to plan for.
 
@@ -114,7 +115,11 @@ def from_profiles(
             "nothing to plan from.",
             fix="give run.yaml, or --pool-profile, --model-profile and --global-batch-size together.",
         )
-    values = {"global_batch_size": global_batch_size, "objective": objective}
+    values = {
+        "global_batch_size": global_batch_size,
+        "objective": objective,
+        "wire_precision": wire_precision,
+    }
     request = parse_record(PlanningRequest, values, "the command line")
     return PlanningInputs(
         read_json(PoolProfile, pool_path),
@@ -168,6 +173,7 @@ def request_of(run: RunConfig) -> PlanningRequest:
         must_not_use=run.must_not_use,
         deadline_step_s=run.step_limit_s,
         optimizer_state_factor=run.optimizer.state_factor,
+        wire_precision=run.wire_precision,
     )
 
 
@@ -207,7 +213,8 @@ def _running(joules_per_step: float, inputs: PlanningInputs) -> RunningCosts | N
 def make_report(result: PlanningResult, inputs: PlanningInputs) -> PlanReport:
     """Return everything that is shown of a planner's answer."""
     pool, model, request = inputs.pool, inputs.model, inputs.request
-    best, marginal, costs = result.best, request.accounting == "marginal", PoolCosts(pool, model)
+    best, marginal = result.best, request.accounting == "marginal"
+    costs = PoolCosts(pool, model, best.wire_precision)
     limits = find_limits(best, costs, request.optimizer_state_factor)
     warnings, limited = estimates(best, request, costs), limit_sentences(limits, best, pool)
     sources = figure_sources(best, request, costs)

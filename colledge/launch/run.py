@@ -25,6 +25,7 @@ from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
+from colledge.planner.explain import rounding
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import Bounds, FamilyFigures, Report, build_report, read_metrics
@@ -154,6 +155,8 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
         return Chosen(result.best, result, asked)
     given = read_plan(plan_path)
     check_plan(given, inputs)
+    for line in rounding(given, inputs.run.precision):
+        console.print(line)
     if profiles is None:
         console.print("no profiles of this run: memory is not checked and time is not predicted")
         return Chosen(given.model_copy(update={"prediction": None}), None)
@@ -180,7 +183,7 @@ def check_plan(chosen: Plan, inputs: Inputs) -> None:
     """Check a plan against the run.
 
     Raises:
-        PlanError: It names an unknown device, or is for another model or batch.
+        PlanError: It names an unknown device, or is for another model, batch or wire precision.
     """
     known = [device.id for device in inputs.pool.devices]
     for device in chosen.devices:
@@ -195,6 +198,11 @@ def check_plan(chosen: Plan, inputs: Inputs) -> None:
             f"the plan's global_batch_size is {chosen.global_batch_size}, the run's batch.global_size is "
             f"{inputs.run.batch.global_size}.",
             fix="plan again, or give the run the plan's batch size.",
+        )
+    if chosen.num_stages > 1 and inputs.run.wire_precision not in (None, chosen.wire_precision):
+        raise PlanError(
+            f"the run's wire_precision is {inputs.run.wire_precision}, the plan has none: under it nothing is rounded.",
+            fix="plan again, add wire_precision to the plan, or leave it out of the run.",
         )
 
 
@@ -258,7 +266,9 @@ def report(folder: OutputFolder) -> Report:
     bars: Sequence[Bar] = ()
     modes = {device.id: device.power_mode() for device in job.pool.devices}
     if profiles is not None:
-        bars = timeline_bars(chosen, simulate(chosen, PoolCosts(*profiles), record=True))
+        bars = timeline_bars(
+            chosen, simulate(chosen, PoolCosts(*profiles, chosen.wire_precision), record=True)
+        )
     write_atomically(folder.report_json, made.to_json())
     write_atomically(folder.report_html, render(made, metrics, bars, modes))
     return made

@@ -29,7 +29,7 @@ from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
-from colledge.settings import Emulation, OptimizerSettings, Precision
+from colledge.settings import Emulation, OptimizerSettings, Precision, WirePrecision
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
@@ -56,8 +56,8 @@ class RunConfig(Record):
 
     `model` is a local Hugging Face directory or a hub id. `deadline` is for the whole run, `deadline_step`
     for one step. `accounting` says whose idle energy counts; `must_use` and `must_not_use` name devices.
-    `checkpoint_every` counts steps; without it only a run
-    that is stopped saves one. The end saves the model.
+    `wire_precision` is that of what travels between stages, instead of `precision`. `checkpoint_every` counts steps;
+    without it only a run that is stopped saves one. The end saves the model.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -68,6 +68,7 @@ class RunConfig(Record):
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(default=100, ge=1, strict=True)
     precision: Precision = "float32"
+    wire_precision: WirePrecision | None = None
     seed: int = Field(default=0, ge=0, strict=True)
     pool: Path
     objective: Objective = "energy"

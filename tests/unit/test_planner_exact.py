@@ -236,7 +236,8 @@ def test_no_enumerated_plan_beats_the_planner(case: int) -> None:
 
 
 def test_which_shard_talks_to_the_next_stage_is_a_choice() -> None:
-    check(random_case(random.Random(1461), 3))  # the best plan's shards stand in the other order than its devices
+    """The best plan's shards stand in the other order than its devices."""
+    check(random_case(random.Random(1461), 3))
 
 
 def test_the_cases_cover_what_they_should() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from colledge.errors import ConfigError
+from colledge.launch.planning import request_of
 from colledge.launch.run_config import SCHEMAS, PoolConfig, RunConfig, load_pool, load_run, schema_text
 
 FULL_RUN = """
@@ -18,6 +19,7 @@ optimizer: {name: adamw, learning_rate: 1e-3, weight_decay: 0.1, betas: [0.9, 0.
             momentum: 0.0, gradient_clipping: 1.0}
 steps: 200
 precision: float32
+wire_precision: bfloat16
 seed: 0
 pool: pool.yaml
 objective: energy
@@ -59,6 +61,7 @@ def test_every_key_loads(folder: Path) -> None:
     assert run.batch.global_size == 16
     assert run.step_limit_s == 0.5
     assert run.checkpoint_every == 50
+    assert request_of(run).wire_precision == "bfloat16"
     assert (run.accounting, run.must_use, run.must_not_use) == ("marginal", ("desk",), ("pi-1",))
 
 
@@ -66,6 +69,7 @@ def test_only_model_data_and_pool_are_needed(folder: Path) -> None:
     run = load_run(write(folder, SHORT_RUN))
     assert run.model == "org/hub-model"
     assert run.step_limit_s is None
+    assert request_of(run).wire_precision is None
     for key in ("model", "data", "pool"):
         lines = [line for line in SHORT_RUN.splitlines() if not line.startswith(key)]
         with pytest.raises(ConfigError, match=f"'{key}' is missing"):
@@ -93,8 +97,15 @@ def test_a_model_that_is_a_folder_beside_the_run_file_is_not_a_hub_id(folder: Pa
 def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
     run = load_run(
         write(folder, SHORT_RUN),
-        ["batch.global_size=8", "optimizer.betas=[0.8, 0.9]", "optimizer.learning_rate=1e-4", "deadline=2h"],
+        [
+            "batch.global_size=8",
+            "optimizer.betas=[0.8, 0.9]",
+            "optimizer.learning_rate=1e-4",
+            "deadline=2h",
+            "wire_precision=bfloat16",
+        ],
     )
+    assert run.wire_precision == "bfloat16"
     assert run.batch.global_size == 8
     assert run.optimizer.betas == (0.8, 0.9)
     assert run.optimizer.learning_rate == 1e-4
@@ -113,6 +124,7 @@ def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
         ("optimizer.learningrate=3", ["'optimizer.learningrate'", "did you mean 'learning_rate'"]),
         ("stepz=3", ["'stepz'", "did you mean 'steps'", "checkpoint_every"]),
         ("precision=float16", ["precision", "float64", "'float16'"]),
+        ("wire_precision=float32", ["wire_precision", "'bfloat16'", "'float32'"]),
         ("steps=0", ["steps", "greater than or equal to 1", "0"]),
         ("steps=true", ["steps", "integer"]),
         ("deadline=0s", ["deadline", "greater than 0"]),

@@ -308,6 +308,31 @@ def test_constraints_and_accounting_on_the_command_line(files: list[str], run: C
     assert "'nobody' is not in the pool" in err
 
 
+def test_what_travels_between_stages_can_be_rounded(files: list[str], run: Cli, tmp_path: Path) -> None:
+    both = ("--must-use=a", "--must-use=b", "--json")
+    code, out, err = run(*files, *both, "--wire-precision=bfloat16")
+    assert (code, out) == (2, "")
+    assert "does not say in which precision it computes. Fix: " in err
+    assert err.count("\n") == 1
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "precision": "float32"}))
+    plans = []
+    for option in ([], ["--wire-precision=bfloat16"]):
+        code, out, err = run(*files, *both, "--objective=time", "--bandwidth=air=5 Mbit/s", *option)
+        assert code == 0, err
+        plans.append(json.loads(out)["families"]["pipeline"])
+    exact, rounded = plans
+    assert "wire_precision" not in exact
+    assert rounded["wire_precision"] == "bfloat16"
+    assert rounded["prediction"]["step_s"] < exact["prediction"]["step_s"]
+    code, _, err = run(*files, "--wire-precision=float16")
+    assert code == 2
+    assert "wire_precision" in err
+    code, _, err = run("plan", "run.yaml", "--wire-precision=bfloat16")
+    assert code == 2
+    assert "options that belong to profiles" in err
+
+
 def test_deadlines_prices_and_carbon(files: list[str], run: Cli) -> None:
     code, out, err = run(*files, "--electricity", "0.30/kWh", "--carbon", "350g/kWh", "--json")
     assert code == 0, err
