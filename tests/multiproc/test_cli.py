@@ -342,6 +342,18 @@ def test_bad_plan(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -
     assert not (folder / "out" / "plan.json").exists()
 
 
+def test_who_asks_for_rounding_gets_no_plan_without_and_a_plan_that_rounds_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", "run.yaml", "wire_precision=bfloat16", "--plan", "pipeline.json"]
+    wanted = "wire_precision is bfloat16, the plan has none"
+    assert_one_line(Failed(folder, arguments, capsys), wanted)
+    (folder / "rounded.json").write_text(changed(PIPELINE, wire_precision="bfloat16"))
+    result = colledge(folder, "train", "run.yaml", "--plan", "rounded.json", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "between stages in bfloat16" in result.stdout
+
+
 BAD_RUNS = {
     "unknown key": (["batch.size=8"], ["'batch.size'", "global_size"]),
     "missing model": (["model=./nowhere"], ["nowhere", "no such model"]),
