@@ -64,6 +64,8 @@ def _value(figure: Figure) -> str:
         return f"{figure.value / 1e9:g} GB/s"
     if figure.path.endswith("flops_per_s"):
         return f"{figure.value / 1e9:,.4g} GFLOP/s"
+    if figure.path == "allocator_overhead":
+        return f"{figure.value:g}"
     return format_bytes(figure.value)
 
 

@@ -67,7 +67,12 @@ def predict(
 
 
 def plan_training(
-    pool: PoolProfile, model: ModelProfile, request: PlanningRequest, *, effort: float = 1.0
+    pool: PoolProfile,
+    model: ModelProfile,
+    request: PlanningRequest,
+    *,
+    effort: float = 1.0,
+    seeds: Sequence[Plan] = (),
 ) -> PlanningResult:
     """Return the best plan for a request, with the best of each family, the frontier, bounds, baselines and reasons.
 
@@ -76,6 +81,7 @@ def plan_training(
         model: The layers and timings.
         request: What is wanted.
         effort: How long to go on looking for something better once good plans are known; 1 is the usual.
+        seeds: Plans for this pool that are known from elsewhere; the answer is no worse than any of them that fits.
 
     Raises:
         OutOfMemoryError: No plan fits; names the device that lacks bytes under the plan that comes closest, and what
@@ -93,7 +99,8 @@ def plan_training(
     for most_microbatches in _MOST_MICROBATCHES:
         sizes = microbatch_sizes(request.global_batch_size, most_microbatches)
         search = Search(costs, request, devices, sizes, effort)
-        best = search.run(baseline.plan for baseline in baselines if baseline.plan is not None)
+        known = [baseline.plan for baseline in baselines if baseline.plan is not None]
+        best = search.run([*known, *seeds])
         if best is not None:
             break
     else:

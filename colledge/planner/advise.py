@@ -90,9 +90,7 @@ def advise(
     objective = request.objective
     changes = sorted(tried, key=lambda change: _order_of(change, objective))
     possible = [change for change in changes if change.step_s is not None]
-    notes = [
-        f"{len(tried)} single changes were planned, and the pool itself, by a shorter search than `colledge plan`'s"
-    ]
+    notes = [f"{len(tried)} single changes were planned, by a shorter search than `colledge plan`'s"]
     if len(trials) > len(tried):
         notes.append(f"{len(trials) - len(tried)} more were not tried: " + _names(trials[len(tried) :]))
     return Advice(
@@ -107,15 +105,15 @@ def advise(
 def _plan(
     trial: _Trial, model: ModelProfile, request: PlanningRequest, now: AdvisedChange | None, kept: Plan | None
 ) -> tuple[AdvisedChange, Plan | None]:
-    """Return what a change brings: the plan found for it, or the present one where that is better still."""
+    """Return what a change brings, and the plan found for it: no worse than the present one where that still runs."""
     pool = trial.changed.pool
     request = without_missing(request, pool)
+    seeds = [] if kept is None or not _runs(kept, pool, model, request) else [kept]
+    effort = 1.0 if now is None else _EFFORT
     try:
-        found = plan_training(pool, model, request, effort=_EFFORT).best
+        best = plan_training(pool, model, request, effort=effort, seeds=seeds).best
     except ColledgeError as fault:
         return AdvisedChange(change=trial.change, notes=trial.changed.notes, why_not=fault.message), None
-    plans = [plan for plan in (found, _as_it_was(kept, pool, model, request)) if plan is not None]
-    best = min(plans, key=lambda plan: _order(*_figures(plan, request), request.objective))
     step_s, joules = _figures(best, request)
     change = AdvisedChange(
         change=trial.change,
@@ -129,19 +127,14 @@ def _plan(
     return change, best
 
 
-def _as_it_was(
-    plan: Plan | None, pool: PoolProfile, model: ModelProfile, request: PlanningRequest
-) -> Plan | None:
-    """Return the present plan with its prediction on a changed pool, or None where it cannot run there."""
-    if plan is None:
-        return None
+def _runs(plan: Plan, pool: PoolProfile, model: ModelProfile, request: PlanningRequest) -> bool:
+    """Return whether a plan can run on a changed pool."""
     try:
+        predict(plan, pool, model, request.optimizer_state_factor)
         check_memory(plan, pool, model, request.optimizer_state_factor)
-        figures = predict(plan, pool, model, request.optimizer_state_factor)
     except ColledgeError:
-        return None
-    late = request.deadline_step_s is not None and figures.step_s > request.deadline_step_s
-    return None if late else plan.model_copy(update={"prediction": figures})
+        return False
+    return True
 
 
 def _figures(plan: Plan, request: PlanningRequest) -> tuple[float, float]:

@@ -27,7 +27,7 @@ _MARGIN = 0.1
 _LOG_FROM = 8.0  # a larger ratio of the largest to the least figure is drawn on a logarithmic axis
 
 # For the colour-blind (Okabe and Ito).
-_BLUE, _SKY, _ORANGE, _GREEN, _GREY, _PURPLE, _RED = (
+_BLUE, _SKY, _ORANGE, _GREEN, _GREY, _PURPLE, _RED, _YELLOW, _BROWN = (
     "#3b82c4",
     "#56b4e9",
     "#e69f00",
@@ -35,6 +35,8 @@ _BLUE, _SKY, _ORANGE, _GREEN, _GREY, _PURPLE, _RED = (
     "#8a8f98",
     "#b07aa1",
     "#d55e00",
+    "#d9c73b",
+    "#9c6b3f",
 )
 _KINDS = {  # of a bar: its name and colour
     "F": ("forward", _SKY),
@@ -44,7 +46,7 @@ _KINDS = {  # of a bar: its name and colour
     "STEP": ("update", _GREEN),
 }
 _COMPUTES = ("F", "B", "STEP")
-_PARTS = (_BLUE, _SKY, _PURPLE, _ORANGE, _GREEN, _GREY)
+_PARTS = (_BLUE, _SKY, _PURPLE, _ORANGE, _YELLOW, _BROWN, _GREEN, _GREY)
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,8 @@ def memory_chart(parts: Mapping[str, Mapping[str, float]], limits: Mapping[str, 
     large = max((limits[device] for device in devices), default=0) >= _GIGABYTES_FROM
     unit, scale = ("gigabytes", 1e-9) if large else ("megabytes", 1e-6)
     shown = []
-    for name, colour in zip(names, _PARTS, strict=False):
+    for number, name in enumerate(names):
+        colour = _PARTS[number % len(_PARTS)]
         sizes = [parts[device].get(name, 0.0) for device in devices]
         if any(sizes):
             shown.append(
