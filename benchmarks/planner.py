@@ -229,6 +229,9 @@ def growth(output: Path) -> None:
 # -- against a long search -----------------------------------------------------------------------------------------
 
 
+_MOST_IDLE = 300  # rounds without a new plan, after which an annealing begins elsewhere
+
+
 class LongSearch:
     """Annealing from random drafts, from the best so far and from the planner's answer, until time is up."""
 
@@ -288,7 +291,10 @@ class LongSearch:
     def _anneal(self, current: Found, stop: float) -> Found:
         best, value = current, self._value(current)
         began, heat = time.process_time(), 0.03
-        while time.process_time() < stop:
+        simulated, idle = self.judge.num_simulated, 0
+        while time.process_time() < stop and idle < _MOST_IDLE:
+            idle = idle + 1 if self.judge.num_simulated == simulated else 0
+            simulated = self.judge.num_simulated
             left = (stop - time.process_time()) / max(stop - began, 1e-9)
             options = list(self.numbers.choice(self.moves.kinds)(current.draft))
             for draft in self.numbers.sample(options, min(3, len(options))):

@@ -115,7 +115,10 @@ def plan(
     ] = None,
     wire_precision: Annotated[
         str | None,
-        typer.Option(help="bfloat16: what travels between stages is rounded to it; default: as computed."),
+        typer.Option(
+            help="bfloat16: what travels between stages is rounded to it; default: as computed.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for plan.json, plan.html and plan.md.")

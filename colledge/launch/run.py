@@ -199,7 +199,8 @@ def check_plan(chosen: Plan, inputs: Inputs) -> None:
             f"{inputs.run.batch.global_size}.",
             fix="plan again, or give the run the plan's batch size.",
         )
-    if chosen.num_stages > 1 and inputs.run.wire_precision not in (None, chosen.wire_precision):
+    exact = (None, inputs.run.precision, chosen.wire_precision)
+    if chosen.num_stages > 1 and inputs.run.wire_precision not in exact:
         raise PlanError(
             f"the run's wire_precision is {inputs.run.wire_precision}, the plan has none: under it nothing is rounded.",
             fix="plan again, add wire_precision to the plan, or leave it out of the run.",

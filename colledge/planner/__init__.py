@@ -81,7 +81,8 @@ def plan_training(
         model: The layers and timings.
         request: What is wanted.
         effort: How long to go on looking for something better once good plans are known; 1 is the usual.
-        seeds: Plans for this pool that are known from elsewhere; the answer is no worse than any of them that fits.
+        seeds: Plans for this pool that are known from elsewhere; the answer is no worse than any of them that fits,
+            computations not paced.
 
     Raises:
         OutOfMemoryError: No plan fits; names the device that lacks bytes under the plan that comes closest, and what

@@ -108,12 +108,14 @@ def _plan(
     """Return what a change brings, and the plan found for it: no worse than the present one where that still runs."""
     pool = trial.changed.pool
     request = without_missing(request, pool)
-    seeds = [] if kept is None or not _runs(kept, pool, model, request) else [kept]
-    effort = 1.0 if now is None else _EFFORT
+    stays = _as_it_was(kept, pool, model, request)
+    seeds, effort = [] if stays is None else [stays], 1.0 if now is None else _EFFORT
     try:
-        best = plan_training(pool, model, request, effort=effort, seeds=seeds).best
+        found = plan_training(pool, model, request, effort=effort, seeds=seeds).best
     except ColledgeError as fault:
         return AdvisedChange(change=trial.change, notes=trial.changed.notes, why_not=fault.message), None
+    plans = [found, *seeds]  # seeds compete before their computations are paced
+    best = min(plans, key=lambda plan: _order(*_figures(plan, request), request.objective))
     step_s, joules = _figures(best, request)
     change = AdvisedChange(
         change=trial.change,
@@ -127,14 +129,19 @@ def _plan(
     return change, best
 
 
-def _runs(plan: Plan, pool: PoolProfile, model: ModelProfile, request: PlanningRequest) -> bool:
-    """Return whether a plan can run on a changed pool."""
+def _as_it_was(
+    plan: Plan | None, pool: PoolProfile, model: ModelProfile, request: PlanningRequest
+) -> Plan | None:
+    """Return the present plan with its prediction on a changed pool, or None where it cannot run there."""
+    if plan is None:
+        return None
     try:
-        predict(plan, pool, model, request.optimizer_state_factor)
         check_memory(plan, pool, model, request.optimizer_state_factor)
+        figures = predict(plan, pool, model, request.optimizer_state_factor)
     except ColledgeError:
-        return False
-    return True
+        return None
+    late = request.deadline_step_s is not None and figures.step_s > request.deadline_step_s
+    return None if late else plan.model_copy(update={"prediction": figures})
 
 
 def _figures(plan: Plan, request: PlanningRequest) -> tuple[float, float]:

@@ -104,7 +104,7 @@ class Exact:
         Args:
             best: A draft to beat.
             objective: What to minimise.
-            most_work: Simulated actions to give up at.
+            most_work: Simulated actions to give up at; bounds and drafts that do not fit count a little too.
         """
         self._stop = self.judge.work + most_work
         open_: list[tuple[int, float, Layout, int, tuple[int, ...]]] = []
@@ -114,7 +114,10 @@ class Exact:
                 if self._can_win(bound, best, objective):
                     open_.append((*bound, layout, size, cuts[cut]))
         for late_, value_, layout, size, edges in sorted(open_, key=lambda entry: entry[:2]):
-            if not self.complete or not self._can_win((late_, value_), best, objective):
+            if not self._can_win((late_, value_), best, objective):
+                break
+            if self.judge.work > self._stop:
+                self.complete = False
                 break
             best = self._try(layout, size, edges, objective, best)
         return best
@@ -330,7 +333,7 @@ class Exact:
                 sync[:, k] = np.where(num_bytes[:, k] > 0, one, 0.0)
         tail = sync.max(axis=1) + own_u.max(axis=(1, 2))
         holders = [[tables.pool.device(device) for device in replica] for replica in group]
-        room = np.array([[device.room_bytes for device in replica] for replica in holders])
+        room = np.array([[float(device.room_bytes) for device in replica] for replica in holders])
         overheads = np.array([[device.allocator_overhead for device in replica] for replica in holders])
         share = options.units[:, None, :]
         needed = tables.memory.least_bytes((start, stop), share, options.rows[:, :, None], overheads)
@@ -371,6 +374,7 @@ class Exact:
                 if self.judge.work > self._stop:
                     self.complete = False
                     return best
+                self.judge.work += 1
                 found = self.judge.judge(draft)
                 if found is not None and (
                     best is None

@@ -120,7 +120,7 @@ class Judge:
         total, several = sum(stage.units), len(stage.group) > 1
         forwards, backwards, updates = [], [], [0.0]
         watts = joules = 0.0
-        for group, replica in zip(stage.group, make_stage(stage).replicas, strict=True):
+        for devices, replica in zip(stage.group, make_stage(stage).replicas, strict=True):
             rows, slow_f, slow_b = replica.samples, 0.0, 0.0
             for shard in replica.shards:
                 power = self._modes[shard.device][shard.mode]
@@ -133,7 +133,7 @@ class Judge:
                 floor = min(power.idle_w, power.compute_w, power.communicate_w)
                 watts += floor
                 joules += (power.compute_w - floor) * (count * (forward + backward) + update)
-            reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, group, rows)
+            reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, devices, rows)
             if stage.recompute:
                 reduce_b += reduce_f
             if rows:

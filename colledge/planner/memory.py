@@ -17,6 +17,7 @@ from colledge.units import format_bytes
 
 Array = npt.NDArray[np.float64]
 
+_LEAST_BYTES = 1e-9  # of a sample: a layer may keep nothing
 _BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
 
 
@@ -24,7 +25,9 @@ _BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held u
 class MemoryParts:
     """What one device holds, in bytes.
 
-    `workspace_bytes` is what the hungriest layer needs for a moment, `allocator_bytes` what is free between tensors.
+    `workspace_bytes` is what the hungriest layer needs for a moment, and the largest gradient while it is added: they
+    seldom meet, so this is an upper bound. A sharded layer's is taken to shrink with its share. `allocator_bytes` is
+    what is free between tensors.
     """
 
     parameters_bytes: float
@@ -83,7 +86,7 @@ class MemoryModel:
         span, fraction, samples = self._span(load.layers), load.fraction, load.samples
         trainable = _share(span.trainable, fraction)
         kept = samples * _kept(_share(span.saved, fraction), span.input_bytes, load.in_flight, load.recompute)
-        workspace = max(_largest(span.gradient, fraction), samples * _largest(span.workspace, fraction))
+        workspace = _largest(span.gradient, fraction) + samples * _largest(span.workspace, fraction)
         return MemoryParts(
             parameters_bytes=_share(span.parameters, fraction),
             gradients_bytes=trainable,
@@ -102,13 +105,10 @@ class MemoryModel:
         span = self._span(layers)
         grow = 1 + device.allocator_overhead
         kept = _kept(_share(span.saved, fraction), span.input_bytes, in_flight, recompute)
-        fitting = _fit(
-            device.room_bytes - self.static_bytes(layers, fraction),
-            grow * kept + _wire(span.input_bytes, span.output_bytes, in_flight),
-            grow * _largest(span.workspace, fraction),
-            grow * _largest(span.gradient, fraction),
-        )
-        return float(fitting)
+        each = grow * (kept + _largest(span.workspace, fraction))
+        each += _wire(span.input_bytes, span.output_bytes, in_flight)
+        static = self.static_bytes(layers, fraction) + grow * _largest(span.gradient, fraction)
+        return float((device.room_bytes - static) // max(each, _LEAST_BYTES))
 
     def static_bytes(self, layers: tuple[int, int], fraction: Any = 1.0) -> Any:
         """Return the bytes of parameters, gradients and optimizer state; of fractions in an array, an array."""
@@ -121,7 +121,7 @@ class MemoryModel:
         """Return the bytes that any schedule needs, without the runtime, for arrays of loads and allocators."""
         span = self._span(layers)
         gradient, workspace = (np.maximum(fractions * a, b) for a, b in (span.gradient, span.workspace))
-        kept = samples * _share(span.saved, fractions) + np.maximum(gradient, samples * workspace)
+        kept = samples * (_share(span.saved, fractions) + workspace) + gradient
         total: Array = self.static_bytes(layers, fractions) + (1 + overheads) * kept
         return total
 
@@ -187,13 +187,13 @@ class SpanMemory:
         self._saved = _sums([layer.saved_bytes_per_sample for layer in layers])
         self._workspace = _maxima([layer.workspace_bytes_per_sample for layer in layers])
         self._gradient = _maxima([layer.largest_gradient_bytes for layer in layers])
-        border = np.array([0.0, *(layer.output_bytes_per_sample for layer in layers[:-1]), 0.0])
+        border = np.array([0.0, *(float(layer.output_bytes_per_sample) for layer in layers[:-1]), 0.0])
         self._input, self._output = border[:, None], border[None, :]
 
     def total_bytes(self, overhead: float, samples: int, in_flight: int, recompute: bool) -> Array:
         """Return the bytes of so many samples, without the runtime, with an allocator's overhead."""
         kept = samples * _kept(self._saved, self._input, in_flight, recompute)
-        workspace = np.maximum(self._gradient, samples * self._workspace)
+        workspace = self._gradient + samples * self._workspace
         wire = samples * _wire(self._input, self._output, in_flight)
         total: Array = self.static + (1 + overhead) * (kept + workspace) + wire
         return total
@@ -201,11 +201,9 @@ class SpanMemory:
     def most_samples(self, room_bytes: float, overhead: float, in_flight: int, recompute: bool) -> Array:
         """Return the most samples that fit into the room, rounded down; negative where not even the weights fit."""
         grow, kept = 1 + overhead, _kept(self._saved, self._input, in_flight, recompute)
-        fitting: Array = _fit(
-            room_bytes - self.static,
-            grow * kept + _wire(self._input, self._output, in_flight),
-            grow * self._workspace,
-            grow * self._gradient,
+        each = grow * (kept + self._workspace) + _wire(self._input, self._output, in_flight)
+        fitting: Array = (float(room_bytes) - self.static - grow * self._gradient) // np.maximum(
+            each, _LEAST_BYTES
         )
         return fitting
 
@@ -229,16 +227,9 @@ def _wire(into: Any, out: Any, in_flight: int) -> Any:
     return 2 * _BUFFERS_EACH_WAY * into + (_BUFFERS_EACH_WAY + in_flight) * out
 
 
-def _fit(room: Any, each: Any, workspace: Any, gradient: Any) -> Any:
-    """Return the most n with n x each + max(gradient, n x workspace) <= room, rounded down; below 0: none."""
-    least = 1e-9  # bytes: a layer may keep nothing
-    beside_gradient = (room - gradient) // np.maximum(each, least)
-    return np.minimum(beside_gradient, room // np.maximum(each + workspace, least))
-
-
 def _sums(sizes: Sequence[float]) -> Array:
     """Return sums of layers [start, stop); negative where stop < start."""
-    prefix = np.concatenate(([0.0], np.cumsum(sizes)))
+    prefix = np.concatenate(([0.0], np.cumsum(np.asarray(sizes, dtype=float))))
     return prefix[None, :] - prefix[:, None]
 
 

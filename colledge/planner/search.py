@@ -158,9 +158,8 @@ class Search:
         if best is None:
             return None
         draft = climb(best, self.moves, judge, objective, _ROUGH_ACTIONS, rough=True).draft
-        flushed = draft._replace(
-            depths=(judge.num_microbatches(draft),) * len(draft.stages)
-        )  # hides slow links
+        # With all forwards first, slow links do not show.
+        flushed = draft._replace(depths=(judge.num_microbatches(draft),) * len(draft.stages))
         ends = (judge.judge(draft), judge.judge(flushed))
         return judge.best([found for found in ends if found is not None], objective)
 

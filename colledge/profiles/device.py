@@ -41,8 +41,8 @@ class DeviceProfile(Record):
     """One device. Devices of one `kind` share timings.
 
     `memory_bytes` is what training may use, of which `runtime_bytes` is taken by the process itself before
-    the first weight arrives (measured). The allocator holds `allocator_overhead` bytes more for each byte of
-    activations and workspace. The first mode is the one a plan means when it names none.
+    the first weight arrives (measured). The allocator is reckoned to hold `allocator_overhead` bytes more for each
+    byte of activations and workspace (an estimate). The first mode is the one a plan means when it names none.
     """
 
     id: str = Field(min_length=1)

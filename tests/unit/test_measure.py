@@ -181,6 +181,15 @@ def test_a_llama_is_counted_as_by_hand(dtype: torch.dtype) -> None:
     assert head.tensor is not None  # cut along the vocabulary: its input's gradient is summed
     assert (head.tensor.forward_allreduces, head.tensor.backward_allreduces) == (0, 1)
     assert head.tensor.allreduce_bytes_per_sample == boundary
+    assert [layer.largest_gradient_bytes for layer in (embedding, block, head)] == [
+        VOCABULARY * HIDDEN * size,
+        HIDDEN * INNER * size,
+        VOCABULARY * HIDDEN * size,
+    ]
+    logits = SEQUENCE * VOCABULARY * size  # beside those that are saved, their gradient and softmax's
+    assert 2 * logits <= head.workspace_bytes_per_sample <= 2 * logits + 4 * boundary
+    # two norms' inputs and outputs, attention's and the MLP's inputs; not what lies between two linears
+    assert 4 * boundary <= block.tensor.whole_saved_bytes_per_sample <= 7 * boundary
     attention = 4 * SEQUENCE**2 * HIDDEN
     assert embedding.forward_flops_per_sample == 0
     assert head.forward_flops_per_sample == 2 * SEQUENCE * HIDDEN * VOCABULARY

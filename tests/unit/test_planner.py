@@ -337,10 +337,31 @@ def test_workspace_is_of_the_hungriest_layer() -> None:
         assert parts.allocator_bytes == (parts.activations_bytes + parts.workspace_bytes) / 2
         return parts.workspace_bytes
 
-    assert workspace((0, 4), 1.0, 4) == 28 * MB  # the head's: every shard holds it whole
-    assert workspace((0, 4), 1.0, 2) == 20 * MB  # a gradient is added there
+    assert workspace((0, 4), 1.0, 4) == (28 + 20) * MB  # the head's: every shard holds it whole
+    assert workspace((0, 4), 0.5, 2) == (14 + 20) * MB
     assert workspace((0, 3), 0.5, 4) == 6 * MB  # a block's: half a shard, half the workspace
     assert workspace((0, 1), 1.0, 4) == 0
+
+
+def test_shards_keep_some_of_what_is_saved_whole() -> None:
+    model = make_model({"k": 1.0}, saved_bytes_per_sample=8 * MB)
+    layers = [
+        layer.model_copy(
+            update={"tensor": layer.tensor.model_copy(update={"whole_saved_bytes_per_sample": 2 * MB})}
+        )
+        if layer.tensor
+        else layer
+        for layer in model.layers
+    ]
+    memory = MemoryModel(model.model_copy(update={"layers": tuple(layers)}), 2.0)
+    device = make_pool(["k"]).devices[0]
+    for fraction, saved in ((1.0, 8), (0.5, 5), (0.25, 3.5)):
+        parts = memory.parts(Load((1, 3), fraction, 3, 1, False), device)
+        assert parts.activations_bytes == 2 * 3 * saved * MB
+    values = model.model_dump(by_alias=True, mode="json")
+    values["layers"][1]["tensor"]["whole_saved_bytes_per_sample"] = 9 * MB
+    with pytest.raises(ValueError, match="more bytes are saved whole than in all"):
+        ModelProfile.model_validate(values)
 
 
 def test_check_memory_names_device_bytes_and_help() -> None:
