@@ -22,7 +22,7 @@ from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
 from tests.unit.test_planner import MB, make_model, make_pool
 
-POOLS = 50
+POOLS = 60
 MOST_PLANS = 2000
 OBJECTIVES = ("energy", "time", "energy-delay")
 ACCOUNTINGS = ("whole-pool", "marginal")
