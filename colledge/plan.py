@@ -39,7 +39,7 @@ class Shard(Record):
     device: str = Field(min_length=1)
     fraction: float = Field(default=1.0, gt=0, le=1)
     mode: str | None = None
-    paced: dict[Annotated[str, Field(pattern=r"^[FB][0-9]{1,7}$")], str] = Field(default_factory=dict)
+    paced: dict[Annotated[str, Field(pattern=r"^[FB][0-9]{1,7}$")], str] = Field(default={})
 
 
 class Replica(Record):

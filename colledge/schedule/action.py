@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 
 class ActionKind(str, Enum):
@@ -24,8 +24,7 @@ _WHOLE_STEP = frozenset({ActionKind.SYNC, ActionKind.STEP})
 _PATTERN = re.compile(r"^([A-Z]+(?:_[FB])?)(\d*)@(\d+)$")
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """An action of stage `stage`, on `microbatch` (None for SYNC and STEP, which belong to the whole step)."""
 
     kind: ActionKind

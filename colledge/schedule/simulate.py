@@ -20,6 +20,7 @@ from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from colledge.plan import Plan, Replica, Shard
 from colledge.profiles import Route
@@ -27,7 +28,7 @@ from colledge.schedule.action import Action, ActionKind
 from colledge.schedule.generate import compute_order
 from colledge.schedule.lower import Schedule, lower
 
-Interval = tuple[float, float]
+Intervals = list[float]  # start, end, start, end ...
 
 
 class Costs(Protocol):
@@ -192,7 +193,7 @@ def _one_by_one(warmup: tuple[int, ...], num_microbatches: int) -> _Script:
 
 @dataclass(slots=True)
 class _Message:
-    """What one replica sends to another for every micro-batch; `sent` has when each entered and arrived."""
+    """What one replica sends to another for every micro-batch; `sent` has when each enters and arrives."""
 
     medium: int
     occupies_s: float
@@ -200,7 +201,7 @@ class _Message:
     receiver: int
     source: str
     target: str
-    sent: list[Interval]
+    sent: Intervals
 
 
 @dataclass(slots=True)
@@ -232,13 +233,11 @@ class _Run:
         for index in range(plan.num_stages - 1):
             self._add_messages(index)
         self.clock = [0.0] * len(self.actors)
-        self.log: list[list[tuple[int, float, float]]] = [
-            [] for _ in self.actors
-        ]  # forward, backward and update
-        self.recorded: list[list[tuple[int, float, float]]] = [
-            [] for _ in self.actors
-        ]  # all, by place in the script
-        self.collectives: dict[str, list[Interval]] = {device: [] for device in plan.devices}
+        # every computation of an actor in its stage's order, the update last
+        self.log: list[Intervals] = [[] for _ in self.actors]
+        # all actions, by place in the script
+        self.recorded: list[list[tuple[int, float, float]]] = [[] for _ in self.actors]
+        self.collectives: dict[str, Intervals] = {device: [] for device in plan.devices}
         self.transfers: list[Transfer] = []
 
     @cached_property
@@ -348,40 +347,44 @@ class _Run:
 
     def _run_in_order(self) -> None:
         """Run the actions in an order fixed beforehand: where no two replicas share a medium any will do."""
-        arrived_s = [([0.0] * self.num_microbatches, [0.0] * self.num_microbatches) for _ in self.actors]
-        free_s = [0.0] * len(self.media)
-        clock, log = self.clock, self.log
-        by_stage = [
+        count, clock, free_s = self.num_microbatches, self.clock, [0.0] * len(self.media)
+        arrived_s = [([0.0] * count, [0.0] * count) for _ in self.actors]
+        computing = [
             [
-                (
-                    number,
-                    self.actors[number].durations_s,
-                    self.actors[number].messages,
-                    arrived_s[number],
-                    log[number],
-                )
-                for number in self._members(stage)
+                [
+                    (
+                        number,
+                        actor.durations_s[code],
+                        arrived_s[number][code],
+                        self.log[number].extend,
+                        [
+                            (m.medium, m.occupies_s, m.latency_s, arrived_s[m.receiver][code], m.sent.extend)
+                            for m in actor.messages[code]
+                        ],
+                    )
+                    for number in self._members(stage)
+                    for actor in (self.actors[number],)
+                ]
+                for code in (_FORWARD, _BACKWARD)
             ]
             for stage in range(len(self.plan.stages))
         ]
-        for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), self.num_microbatches):
-            for number, durations_s, messages, waits_s, entries in by_stage[stage]:
-                start = clock[number]
-                arrival = waits_s[code][microbatch]
+        for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), count):
+            for number, durations_s, arrivals_s, note, messages in computing[stage][code]:
+                start, arrival = clock[number], arrivals_s[microbatch]
                 if arrival > start:
                     start = arrival
-                end = clock[number] = start + durations_s[code][microbatch]
-                entries.append((code, start, end))
-                for message in messages[code]:
-                    sent = free_s[message.medium]
+                end = clock[number] = start + durations_s[microbatch]
+                note((start, end))
+                for medium, occupies_s, latency_s, awaited_s, note_sent in messages:
+                    sent = free_s[medium]
                     if sent < end:
                         sent = end
-                    free = free_s[message.medium] = sent + message.occupies_s
-                    arrival = free + message.latency_s
-                    message.sent.append((sent, arrival))
-                    slots = arrived_s[message.receiver][code]
-                    if slots[microbatch] < arrival:
-                        slots[microbatch] = arrival
+                    free = free_s[medium] = sent + occupies_s
+                    arrival = free + latency_s
+                    note_sent((sent, arrival))
+                    if awaited_s[microbatch] < arrival:
+                        awaited_s[microbatch] = arrival
 
     def _run_by_clock(self) -> None:
         """Run the actions in order of time; the replica whose clock is behind goes first."""
@@ -402,7 +405,7 @@ class _Run:
                 code, direction, microbatch = script[at]
                 if code <= _BACKWARD:
                     end = now + actor.durations_s[code][microbatch]
-                    log.append((code, now, end))
+                    log += (now, end)
                     if record:
                         self.recorded[number].append((at, now, end))
                     now = end
@@ -424,7 +427,7 @@ class _Run:
                         start = max(now, free_s[message.medium])
                         free_s[message.medium] = start + message.occupies_s
                         end = start + message.occupies_s + message.latency_s
-                        message.sent.append((start, end))
+                        message.sent += (start, end)
                         if record:
                             name = media_names[message.medium]
                             self.transfers.append(Transfer(message.source, message.target, name, start, end))
@@ -469,7 +472,7 @@ class _Run:
             ]
             actor.own_s = tuple((*own, update) for own, update in zip(actor.own_s, updates, strict=True))
             self.clock[number] = start + max(updates)
-            self.log[number].append((_UPDATE, start, self.clock[number]))
+            self.log[number] += (start, self.clock[number])
             if self.record:
                 last = len(self.scripts[actor.stage]) - 1
                 self.recorded[number] += [
@@ -491,7 +494,7 @@ class _Run:
         start = max(self.clock[number] for number in members)
         for group, duration in zip(groups, durations, strict=True):
             for device in group:
-                self.collectives[device].append((start, start + duration))
+                self.collectives[device] += (start, start + duration)
         for number in members:
             self.clock[number] = start + max(durations)
 
@@ -504,22 +507,27 @@ class _Run:
                 talks[message.target] += message.sent
         devices: dict[str, DeviceTimes] = {}
         for actor, log in zip(self.actors, self.log, strict=True):
-            sharded = len(actor.devices) > 1
-            for device, own, talking in zip(
-                actor.devices, actor.own_s, map(talks.__getitem__, actor.devices), strict=True
-            ):
-                if sharded:
-                    computing = [(start, start + own[code]) for code, start, _ in log]
-                    for code, start, end in log:
-                        if code != _UPDATE and end > start + actor.slowest_s[code]:
-                            talking.append((start + actor.slowest_s[code], end))
-                else:
-                    computing = [(start, end) for _, start, end in log]
-                compute_s = sum(end - start for start, end in computing)
+            busy = np.array(log).reshape(-1, 2)
+            codes = self._codes(actor.stage) if len(actor.devices) > 1 else ()
+            for device, own_s in zip(actor.devices, actor.own_s, strict=True):
+                talking, computing = np.array(talks[device]).reshape(-1, 2), busy
+                if len(codes):  # a shard may be quicker than its replica, which ends with all-reduces
+                    starts = busy[:, 0]
+                    computing = np.stack((starts, starts + np.array(own_s)[codes]), axis=1)
+                    slowest = starts + np.array((*actor.slowest_s, np.inf))[codes]
+                    reducing = slowest < busy[:, 1]
+                    talking = np.concatenate(
+                        (talking, np.stack((slowest[reducing], busy[reducing, 1]), axis=1))
+                    )
+                compute_s = float((computing[:, 1] - computing[:, 0]).sum())
                 communicate_s = min(_length_outside(talking, computing), max(0.0, step_s - compute_s))
                 idle_s = max(0.0, step_s - compute_s - communicate_s)
                 devices[device] = DeviceTimes(compute_s, communicate_s, idle_s, tuple(actor.paced_s.items()))
         return devices
+
+    def _codes(self, stage: int) -> Sequence[int]:
+        """Return what each computation in the log of a stage's replica is: _FORWARD, _BACKWARD or _UPDATE."""
+        return [*(code for code, _, _ in self.scripts[stage] if code <= _BACKWARD), _UPDATE]
 
     def spans(self) -> tuple[Span, ...]:
         """Return every action of every replica, as recorded."""
@@ -530,17 +538,17 @@ class _Run:
         )
 
 
-def _length_outside(intervals: list[Interval], holes: list[Interval]) -> float:
-    """Return the length of the union of `intervals` that lies outside `holes` (sorted and disjoint)."""
-    if not intervals:
+def _length_outside(intervals: NDArray[np.float64], holes: NDArray[np.float64]) -> float:
+    """Return the length of the union of the intervals that lies outside the holes, which are sorted and disjoint.
+
+    Both are (count, 2): starts and ends.
+    """
+    if not len(intervals):
         return 0.0
-    spans = np.array(sorted(intervals))
-    ends = np.maximum.accumulate(spans[:, 1])
-    starts = np.minimum(np.maximum(spans[:, 0], np.concatenate((spans[:1, 0], ends[:-1]))), ends)
-    length = float((ends - starts).sum())
-    if holes:
-        edges = np.array(holes)
-        covered = np.concatenate(([0.0], np.cumsum(edges[:, 1] - edges[:, 0])))
-        knots, values = edges.ravel(), np.repeat(covered, 2)[1:-1]
-        length -= float((np.interp(ends, knots, values) - np.interp(starts, knots, values)).sum())
-    return max(0.0, length)
+    order = np.argsort(intervals[:, 0])
+    ends = np.maximum.accumulate(intervals[order, 1])
+    starts = intervals[order, 0]
+    starts[1:] = np.minimum(np.maximum(starts[1:], ends[:-1]), ends[1:])
+    covered = np.repeat(np.concatenate(([0.0], (holes[:, 1] - holes[:, 0]).cumsum())), 2)[1:-1]
+    at_starts, at_ends = np.interp((starts, ends), holes.ravel(), covered)
+    return max(0.0, float((ends - starts - at_ends + at_starts).sum()))
