@@ -57,19 +57,18 @@ class Moves:
     # -- one decision ----------------------------------------------------------------------------------------
 
     def boundaries(self, draft: Draft) -> Iterator[Draft]:
-        """Move layers across a boundary, or cut the model anew for the groups as they are."""
-        stages = draft.stages
+        """Move layers from one stage to another, or cut the model anew for the groups as they are."""
+        stages, last = draft.stages, len(draft.stages) - 1
         for step in (1, -1, 2, -2, 4, -4):
-            for s in range(len(stages) - 1):
-                edge = stages[s].layers[1] + step
-                if stages[s].layers[0] < edge < stages[s + 1].layers[1]:
-                    yield _with(
-                        draft,
-                        {
-                            s: stages[s]._replace(layers=(stages[s].layers[0], edge)),
-                            s + 1: stages[s + 1]._replace(layers=(edge, stages[s + 1].layers[1])),
-                        },
-                    )
+            for s in range(last):
+                yield from _shifted(draft, s, s + 1, step)
+        if last < _MANY:  # between stages that are no neighbours; what a stage waits for changes with it
+            for a in range(last):
+                for b in range(a + 2, last + 1):
+                    for step in (1, -1):
+                        for other in _shifted(draft, a, b, step):
+                            yield other
+                            yield from self.depths(other)
         if len(stages) > 1:
             yield draft._replace(stages=self.recut(stages))
 
@@ -530,6 +529,14 @@ def shaken(start: Found, moves: Moves, judge: Judge, numbers: Random) -> Found:
 
 def _with(draft: Draft, changes: dict[int, StageDraft]) -> Draft:
     return draft._replace(stages=tuple(changes.get(s, stage) for s, stage in enumerate(draft.stages)))
+
+
+def _shifted(draft: Draft, a: int, b: int, step: int) -> Iterator[Draft]:
+    """Yield a draft in which stage a has `step` layers more, stage b so many less and those between as many."""
+    edges = [stage.layers[1] + step * (a <= s < b) for s, stage in enumerate(draft.stages)]
+    spans = list(pairwise([0, *edges]))
+    if all(start < stop for start, stop in spans):
+        yield _with(draft, {s: draft.stages[s]._replace(layers=spans[s]) for s in range(a, b + 1)})
 
 
 def _members(stage: StageDraft) -> tuple[list[str], list[str | None]]:
