@@ -13,13 +13,11 @@ from itertools import product
 
 import highspy
 import numpy as np
-import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.planner.cost import LayerClass, PoolCosts
 from colledge.planner.layouts import Group
 from colledge.planner.request import PlanBounds, PlanningRequest
-
-Array = npt.NDArray[np.float64]
 
 _MOST_SAMPLES_TRIED = 256
 _SOLVER = 1e-7  # relative; the solver is told to keep its constraints to 1e-9

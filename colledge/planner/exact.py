@@ -20,12 +20,13 @@ from math import comb, prod
 import numpy as np
 import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
 from colledge.planner.draft import Draft, StageDraft
 from colledge.planner.judge import EQUAL, Found, Judge, better
 from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, layouts
 from colledge.planner.request import Objective
-from colledge.planner.tables import Array, Tables, find_route
+from colledge.planner.tables import Tables, find_route
 
 _MOST_DEVICES = 4
 _MOST_OPTIONS = 20_000  # of one stage

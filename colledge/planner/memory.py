@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.errors import OutOfMemoryError
 from colledge.plan import Plan
 from colledge.planner.cost import find_ties, shared_bytes
 from colledge.profiles import DeviceProfile, ModelProfile, PoolProfile
 from colledge.units import format_bytes
 
-Array = npt.NDArray[np.float64]
+_Number = TypeVar("_Number", float, Array)
 
 _LEAST_BYTES = 1e-9  # of a sample: a layer may keep nothing
 _BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
@@ -110,7 +110,7 @@ class MemoryModel:
         static = self.static_bytes(layers, fraction) + grow * _largest(span.gradient, fraction)
         return float((device.room_bytes - static) // max(each, _LEAST_BYTES))
 
-    def static_bytes(self, layers: tuple[int, int], fraction: Any = 1.0) -> Any:
+    def static_bytes(self, layers: tuple[int, int], fraction: _Number) -> _Number:
         """Return the bytes of parameters, gradients and optimizer state; of fractions in an array, an array."""
         span = self._span(layers)
         return _share(span.parameters, fraction) + (1 + self._factor) * _share(span.trainable, fraction)
@@ -208,7 +208,7 @@ class SpanMemory:
         return fitting
 
 
-def _share(sizes: tuple[int, int], fraction: Any) -> Any:
+def _share(sizes: tuple[int, int], fraction: _Number) -> _Number:
     return fraction * sizes[0] + sizes[1]
 
 
@@ -216,12 +216,12 @@ def _largest(sizes: tuple[int, int], fraction: float) -> float:
     return max(fraction * sizes[0], sizes[1])
 
 
-def _kept(saved: Any, into: Any, in_flight: int, recompute: bool) -> Any:
+def _kept(saved: _Number, into: _Number, in_flight: int, recompute: bool) -> _Number:
     """Return the bytes a sample that wait for a backward: all that is saved, or inputs and one micro-batch's rest."""
     return in_flight * into + saved if recompute else in_flight * saved
 
 
-def _wire(into: Any, out: Any, in_flight: int) -> Any:
+def _wire(into: _Number, out: _Number, in_flight: int) -> _Number:
     """Return the bytes a sample of buffers: receives and gradients sent; gradients received and sends."""
     # Of full size, an upper bound where messages are rounded to a narrower wire precision.
     return 2 * _BUFFERS_EACH_WAY * into + (_BUFFERS_EACH_WAY + in_flight) * out

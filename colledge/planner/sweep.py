@@ -23,8 +23,9 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.planner.draft import Draft, StageDraft, make_draft
-from colledge.planner.tables import Array, Tables, find_route
+from colledge.planner.tables import Tables, find_route
 
 Whole = npt.NDArray[np.int64]
 
@@ -94,7 +95,7 @@ class Sweep:
         """Return the stages at least that the weights need, one device a stage."""
         devices = [self.tables.pool.device(members[0]) for members in self.classes]
         room = max(device.room_bytes for device in devices)
-        return int(-(-self.tables.memory.static_bytes((0, self.tables.num_layers)) // max(room, 1)))
+        return int(-(-self.tables.memory.static_bytes((0, self.tables.num_layers), 1.0) // max(room, 1)))
 
     def _link(self, members: Sequence[str]) -> _Link | None:
         costs, one = self.tables.costs, members[0]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.errors import ConfigError
 from colledge.planner.cost import PoolCosts, shared_bytes
 from colledge.planner.draft import StageDraft
@@ -20,7 +20,6 @@ from colledge.planner.memory import MemoryModel, SpanMemory
 from colledge.planner.request import PlanningRequest
 from colledge.profiles import PowerMode, Route
 
-Array = npt.NDArray[np.float64]
 MOST_ROWS = 4096  # of one replica in one micro-batch
 
 

@@ -20,8 +20,8 @@ from heapq import heapify, heappop, heappush
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from colledge.arrays import Array
 from colledge.plan import Plan, Replica, Shard
 from colledge.profiles import Route
 from colledge.schedule.action import Action, ActionKind
@@ -538,7 +538,7 @@ class _Run:
         )
 
 
-def _length_outside(intervals: NDArray[np.float64], holes: NDArray[np.float64]) -> float:
+def _length_outside(intervals: Array, holes: Array) -> float:
     """Return the length of the union of the intervals that lies outside the holes, which are sorted and disjoint.
 
     Both are (count, 2): starts and ends.

@@ -13,7 +13,7 @@ import pytest
 import colledge
 
 FLOORS = {
-    "__init__": 0, "errors": 0, "units": 0, "records": 0, "settings": 0,
+    "__init__": 0, "errors": 0, "units": 0, "arrays": 0, "records": 0, "settings": 0,
     "profiles": 1, "plan": 1,
     "schedule": 2, "models": 2, "data": 2,
     "planner": 3, "measure": 3, "report": 3,

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.errors import ConfigError
 from colledge.plan import Plan, PlanSchedule, Stage
 from colledge.planner.baselines.candidates import Setting, one_shard
 from colledge.planner.baselines.spans import (
-    Array,
     Indices,
     between,
     compute_prefixes,

@@ -14,11 +14,12 @@ from math import isqrt
 
 import numpy as np
 
+from colledge.arrays import Array
 from colledge.errors import ConfigError
 from colledge.plan import Plan, PlanSchedule, Replica, Shard, Stage
 from colledge.planner.cost import PoolCosts
 from colledge.planner.energy import step_figures
-from colledge.planner.memory import Array, Load, MemoryModel, SpanMemory, plan_memory
+from colledge.planner.memory import Load, MemoryModel, SpanMemory, plan_memory
 from colledge.planner.request import Baseline, PlanningRequest
 from colledge.schedule import Timeline, simulate
 from colledge.units import format_bytes

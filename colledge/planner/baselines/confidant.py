@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 
+from colledge.arrays import Array
 from colledge.plan import Plan
 from colledge.planner.baselines.candidates import Setting, pipeline_stages
 from colledge.planner.baselines.pipeline import why_no_pipeline
 from colledge.planner.baselines.spans import (
-    Array,
     between,
     compute_prefixes,
     least_slowest_cut,

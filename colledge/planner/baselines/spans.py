@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from colledge.arrays import Array
 from colledge.plan import Shard
 from colledge.planner.baselines.candidates import Setting
 
-Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.int64]
 
 
