@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from colledge.launch.planning import PlanningInputs
+from colledge.launch.planning import PlanningInputs, whole_run
 from colledge.planner.advise import Advice, AdvisedChange, advise
 from colledge.profiles.catalog import read_catalog
 from colledge.units import format_joules, format_seconds
 
 
-def give_advice(inputs: PlanningInputs) -> Advice:
+def give_advice(inputs: PlanningInputs, progress: Callable[[str], None]) -> Advice:
     """Plan every single change of a pool, devices of the catalog among them.
 
     Raises:
         ConfigError: The pool or the model cannot be planned with at all.
     """
     catalog = [entry.profile(entry.kind) for entry in read_catalog().values()]
-    return advise(inputs.pool, inputs.model, inputs.request, catalog)
+    return advise(inputs.pool, inputs.model, inputs.request, catalog, progress=progress)
 
 
-def show_advice(advice: Advice, console: Console) -> None:
-    """Print what each change takes and gains, and which one helps most."""
+def show_advice(advice: Advice, inputs: PlanningInputs, console: Console) -> None:
+    """Print what each change takes and gains, what the run costs with it, and which one helps most."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("change", "step", "J/step", "less energy", "less time"):
+    rated = whole_run(0.0, inputs)
+    run = [] if rated is None else [f"{rated.steps:,} steps"]
+    for column in ("change", "step", "J/step", "less energy", "less time", *run):
         table.add_column(column, justify="left" if column == "change" else "right", overflow="fold")
     for change in (advice.now, *advice.changes):
         if change.step_s is not None and change.energy_joules_per_step is not None:
@@ -36,6 +40,7 @@ def show_advice(advice: Advice, console: Console) -> None:
                 f"{change.energy_joules_per_step:.4g}",
                 _percent(change.energy_gain),
                 _percent(change.time_gain),
+                *(whole.text() for whole in [whole_run(change.energy_joules_per_step, inputs)] if whole),
             )
     console.print(table)
     for change in (advice.now, *advice.changes):

@@ -188,12 +188,12 @@ def plan(
     if advise:
         from colledge.launch.advice import give_advice, show_advice
 
-        with _console(stderr=True).status("planning one change of the pool after the other"):
-            advice = give_advice(inputs)
+        with _console(stderr=True).status("") as status:
+            advice = give_advice(inputs, status.update)
         if as_json:
             typer.echo(advice.to_json())
         else:
-            show_advice(advice, _console())
+            show_advice(advice, inputs, _console())
         return
     if run_file is not None and (supposed.supposes or accounting or must_use or switch_modes):
         inputs = replace(inputs, folder=None)

@@ -80,7 +80,7 @@ def _check_profiles(
     """Check that profiles are of this run.
 
     Raises:
-        ConfigError: They have other devices or rows, or the pool is from the catalog and has changed since.
+        ConfigError: They have other devices, rows or precision, or the pool is from the catalog and has changed since.
     """
     seen = ""
     here, there = [d.id for d in config.devices], [d.id for d in pool.devices]
@@ -88,6 +88,8 @@ def _check_profiles(
         seen = f"they have the devices {', '.join(there)}; {run.pool} has {', '.join(here)}"
     elif model.sequence_length != run.data.sequence_length:
         seen = f"their rows have {model.sequence_length} tokens, the run's {run.data.sequence_length}"
+    elif model.precision not in (None, run.precision):
+        seen = f"they are of {model.precision}, the run trains in {run.precision}"
     elif config.is_catalog and config.catalog_profile() != pool:
         seen = f"{run.pool} has changed since"
     if seen:
@@ -192,7 +194,7 @@ def to_json(result: PlanningResult, inputs: PlanningInputs) -> str:
     values = json.loads(result.to_json())
     values["plan"] = values.pop("best")
     chosen = FamilyFigures.of(result.best, marginal=inputs.request.accounting == "marginal")
-    running = _running(chosen.energy_joules_per_step, inputs)
+    running = whole_run(chosen.energy_joules_per_step, inputs)
     if running is not None:
         values["running_costs"] = {
             name: value for name, value in asdict(running).items() if value is not None
@@ -202,7 +204,7 @@ def to_json(result: PlanningResult, inputs: PlanningInputs) -> str:
     return json.dumps(values, indent=2)
 
 
-def _running(joules_per_step: float, inputs: PlanningInputs) -> RunningCosts | None:
+def whole_run(joules_per_step: float, inputs: PlanningInputs) -> RunningCosts | None:
     """Return what the whole run takes, or 1000 steps where only rates are known."""
     rates = inputs.price_per_kwh, inputs.carbon_grams_per_kwh
     if inputs.steps is None and rates == (None, None):
@@ -267,7 +269,7 @@ def make_report(result: PlanningResult, inputs: PlanningInputs) -> PlanReport:
             *(reason for reason in result.reasons if reason not in (*warnings, *limited)),
         ),
         planning_s=result.planning_s,
-        running=_running(chosen.energy_joules_per_step, inputs),
+        running=whole_run(chosen.energy_joules_per_step, inputs),
     )
 
 

@@ -8,7 +8,7 @@ tried once. A change is never shown as worse than staying with the present plan,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pydantic import Field
@@ -74,6 +74,7 @@ def advise(
     request: PlanningRequest,
     catalog: Sequence[DeviceProfile] = (),
     most_changes: int = _MOST_CHANGES,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Advice:
     """Return what each single change of a pool brings.
 
@@ -83,10 +84,15 @@ def advise(
         request: What is planned for; energies follow its accounting.
         catalog: Devices that could be bought, one a kind; only the most promising are tried.
         most_changes: Changes to plan at most; the pool as it is comes on top.
+        progress: Told what is being planned.
     """
+    progress("planning the pool as it is")
     now, plan = _plan(_Trial("the pool as it is", Changed(pool)), model, request, None, None)
     trials = list(_trials(pool, model, request, catalog))
-    tried = [_plan(trial, model, request, now, plan)[0] for trial in trials[:most_changes]]
+    tried = []
+    for number, trial in enumerate(trials[:most_changes], start=1):
+        progress(f"planning change {number} of {min(len(trials), most_changes)}: {trial.change}")
+        tried.append(_plan(trial, model, request, now, plan)[0])
     objective = request.objective
     changes = sorted(tried, key=lambda change: _order_of(change, objective))
     possible = [change for change in changes if change.step_s is not None]

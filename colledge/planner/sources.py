@@ -73,6 +73,14 @@ def estimates(plan: Plan, request: PlanningRequest, costs: PoolCosts) -> list[st
             f"Estimate: {len(noisy)} of {len(timings)} timings are noisy; the worst is {worst.layer_kind!r} on "
             f"{worst.device_kind!r} with a spread of {100 * worst.spread:.0f} %."
         )
+    layers = costs.model.layers
+    if any(layer.saved_bytes_per_sample for layer in layers) and not any(
+        layer.workspace_bytes_per_sample for layer in layers
+    ):
+        notes.append(
+            f"Estimate: the profile of {costs.model.name} says nothing of workspace (workspace_bytes_per_sample), so "
+            "devices may need more memory than planned; `colledge profile` counts it."
+        )
     return notes
 
 

@@ -415,6 +415,12 @@ def test_a_run_keeps_its_plan_when_asked_what_if(files: list[str], run: Cli, tmp
     assert code == 2
     assert "their rows have 8 tokens, the run's 512" in err
     assert run("plan", str(file), "data.sequence_length=8")[0] == 0
+    model = out / "model-profile.json"
+    model.write_text(json.dumps({**json.loads(model.read_text()), "precision": "float32"}))
+    assert run("plan", str(file), "data.sequence_length=8")[0] == 0
+    code, _, err = run("plan", str(file), "data.sequence_length=8", "precision=float64")
+    assert code == 2
+    assert "they are of float32, the run trains in float64" in err
 
 
 def test_advice_on_the_command_line(files: list[str], run: Cli) -> None:
@@ -422,6 +428,11 @@ def test_advice_on_the_command_line(files: list[str], run: Cli) -> None:
     assert code == 0, err
     assert "the pool as it is" in out
     assert "Best for time: " in out
+    assert "1,000 steps" not in out
+    code, out, err = run(*files, "--advise", "--electricity", "0.3/kWh", "--steps", "2000")
+    assert code == 0, err
+    assert "2,000 steps" in out
+    assert "costing " in out
     code, out, err = run(*files, "--advise", "--json", "--without", "b")
     assert code == 0, err
     values = json.loads(out)
