@@ -10,7 +10,7 @@ What is spent is counted in simulated actions, not in seconds: the same question
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain, pairwise, permutations
 from random import Random
 from typing import TypeVar
 
@@ -30,6 +30,7 @@ _MOST_SIZES = 5
 _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 2
+_FEW = 5  # devices of which every order is tried
 _CLIMB_ACTIONS = 20_000
 _FAMILIES, _FAMILY_ACTIONS = 2, 5_000  # the best families are climbed from further
 _WANDER_ACTIONS = 250_000  # for each class of devices of a small pool
@@ -226,12 +227,17 @@ class Search:
             edges = [round(s * count / num_stages) for s in range(num_stages + 1)]
             groups = [by_speed[a:b] for a, b in pairwise(edges)]
             for ordered in (groups, groups[::-1]):
-                for size in _spread(self.sizes, _MOST_SIZES):
-                    draft = fitted_pipeline(
-                        self.tables, ordered, size, self.request.global_batch_size // size
-                    )
-                    if draft is not None:
-                        yield draft
+                yield from self._pipelines_over(ordered)
+        if count <= _FEW:
+            orders = (order for n in range(2, most + 1) for order in permutations(by_speed, n))
+            for alike in {tuple(self.classes[d] for d in order): order for order in orders}.values():
+                yield from self._pipelines_over([[device] for device in alike])
+
+    def _pipelines_over(self, groups: Sequence[Sequence[str]]) -> Iterable[Draft]:
+        for size in _spread(self.sizes, _MOST_SIZES):
+            draft = fitted_pipeline(self.tables, groups, size, self.request.global_batch_size // size)
+            if draft is not None:
+                yield draft
 
     def _idle_w(self) -> float:
         """Return the watts that every second costs whatever the plan."""
