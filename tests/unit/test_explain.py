@@ -21,7 +21,9 @@ MB = 1_000_000
 FREE = 1e15
 
 
-def make_model(num_layers: int = 4, overhead_s: float = 0.0, **changes: Any) -> ModelProfile:
+def make_model(
+    num_layers: int = 4, overhead_s: float = 0.0, workspace_bytes: int = 0, **changes: Any
+) -> ModelProfile:
     """Return equal layers: a sample takes 1 s forward and 2 s backward, and `overhead_s` a micro-batch on top."""
     layer = {
         "kind": "block",
@@ -29,6 +31,7 @@ def make_model(num_layers: int = 4, overhead_s: float = 0.0, **changes: Any) -> 
         "trainable_parameter_bytes": 10 * MB,
         "output_bytes_per_sample": MB,
         "saved_bytes_per_sample": 5 * MB,
+        "workspace_bytes_per_sample": workspace_bytes,
         "forward_flops_per_sample": 1e9,
         "backward_flops_per_sample": 2e9,
     }
@@ -235,9 +238,11 @@ def test_the_parts_add_up_to_the_step(stages: Any, bandwidth: float, segment: bo
 
 
 def test_what_was_measured_is_no_estimate() -> None:
-    pool, model, request = make_pool("ab"), make_model(), PlanningRequest(global_batch_size=2)
-    plan, costs = make_plan(DATA, 1), PoolCosts(pool, model)
+    pool, model = make_pool("ab"), make_model(workspace_bytes=MB)
+    plan, costs, request = make_plan(DATA, 1), PoolCosts(pool, model), PlanningRequest(global_batch_size=2)
     assert estimates(plan, request, costs) == []
+    (note,) = estimates(plan, request, PoolCosts(pool, make_model()))
+    assert "toy says nothing of workspace" in note
     sources = figure_sources(plan, request, costs)
     assert {figure.what for figure in sources} == {"times", "watts", "links", "layers"}
     assert basis(sources) == "measured times, measured watts, measured links, measured layers"
@@ -268,7 +273,7 @@ def test_noisy_timings_are_an_estimate() -> None:
 
 def test_a_refused_device_counts_where_its_idle_watts_do() -> None:
     pool = make_pool("ab", source="declared")
-    plan, costs = make_plan(ALONE, 2), PoolCosts(pool, make_model())
+    plan, costs = make_plan(ALONE, 2), PoolCosts(pool, make_model(workspace_bytes=MB))
     refuse = {"global_batch_size": 2, "must_not_use": ("b",)}
     (whole,) = estimates(plan, PlanningRequest(**refuse), costs)
     (marginal,) = estimates(plan, PlanningRequest(**refuse, accounting="marginal"), costs)
@@ -327,7 +332,9 @@ def test_a_model_too_large_for_one_device_is_said_to_need_a_pool() -> None:
 def test_estimates_come_first() -> None:
     reasons = reasons_of(make_plan(DATA, 1), {}, make_pool("ab", source="declared"))
     assert reasons[0].startswith("Estimate: the watts of a, b are declared")
-    assert reasons_of(make_plan(DATA, 1), {}, make_pool("ab"))[0].startswith("Chosen for")
+    unwatched, chosen = reasons_of(make_plan(DATA, 1), {}, make_pool("ab"))[:2]
+    assert unwatched.startswith("Estimate: the profile of toy")
+    assert chosen.startswith("Chosen for")
 
 
 def test_baselines_are_compared_or_said_to_have_no_plan() -> None:
