@@ -11,6 +11,7 @@ import typer
 
 from colledge import __version__
 from colledge.errors import ColledgeError, ConfigError
+from colledge.settings import LossOn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="The formats of the files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(help="Training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 catalog_app = typer.Typer(
     help="Devices that can be planned with before they are bought.", no_args_is_help=True
 )
@@ -277,6 +280,23 @@ def schema(name: Annotated[str, typer.Argument(help="run, pool, plan, report, ..
     from colledge.launch.run_config import schema_text
 
     typer.echo(schema_text(name))
+
+
+@data_app.command("check")
+def data_check(
+    file: Annotated[Path, typer.Argument(help="A .jsonl, .json, .parquet or .txt.")],
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or hub id: shows tokens by its tokenizer.")
+    ] = None,
+    loss_on: Annotated[LossOn, typer.Option(help="What the loss counts.")] = "all",
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.", min=2)] = 512,
+) -> None:
+    """Print what a data file holds: counts, lengths, three samples with what the loss counts, and every fault."""
+    from colledge.launch.data_check import check_file
+    from colledge.launch.inputs import find_model, load_tokenizer
+
+    tokenizer = load_tokenizer(find_model(model)) if model is not None else None
+    check_file(file, tokenizer, loss_on, sequence_length, _console())
 
 
 @catalog_app.command("list")

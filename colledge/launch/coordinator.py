@@ -114,6 +114,8 @@ class _Training:
             read_json(PoolProfile, self._folder.pool_profile) if self._folder.pool_profile.is_file() else None
         )
         self._data = load_data(job.run, job.model)
+        for note in self._data.notes():
+            print(note, flush=True)
         self._modes = _power_modes(job, self._plan, self._pool)
         weights = SafetensorsDirectory(job.model)
         if self._plan.prediction is not None:
@@ -142,8 +144,9 @@ class _Training:
         else:
             self._folder.metrics.unlink(missing_ok=True)
         while engine.step < run.steps and not stop.asked:
-            indices = rows_for_step(self._data.num_rows, run.batch.global_size, run.seed, engine.step)
-            record = engine.train_step(self._data.batch(indices))
+            rows = self._data.train
+            indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
+            record = engine.train_step(rows.batch(indices))
             self._write(record)
             if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step < run.steps:
                 save_checkpoint(engine, self._job.output, run.seed)
@@ -171,7 +174,7 @@ class _Training:
                 "training diverged.",
                 fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
             )
-        line = step_metrics(record, self._modes)
+        line = step_metrics(record, self._modes).model_copy(update=self._validate(record.step))
         append_metrics(self._folder.metrics, line)
         now_s = time.monotonic()
         if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
@@ -183,6 +186,23 @@ class _Training:
                 f"{format_joules(line.energy_joules)} a step  {format_seconds(left_s)} left",
                 flush=True,
             )
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Return the mean loss on the validation data and the seconds it took, where it is due after a step."""
+        run, rows = self._job.run, self._data.validation
+        if rows is None or not run.evaluate_every or (step % run.evaluate_every and step != run.steps):
+            return {}
+        began_s, total, count = time.monotonic(), 0.0, 0
+        for start in range(0, rows.num_rows, run.batch.global_size):
+            indices = torch.arange(start, min(start + run.batch.global_size, rows.num_rows))
+            part, targets = self._engine.evaluate(rows.batch(indices))
+            total, count = total + part, count + targets
+        loss, took_s = total / count, time.monotonic() - began_s
+        print(
+            f"step {step}/{run.steps}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}",
+            flush=True,
+        )
+        return {"validation_loss": loss, "validation_s": took_s}
 
 
 def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode]) -> StepMetrics:

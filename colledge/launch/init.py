@@ -13,8 +13,11 @@ _RUN = """\
 # One training run. Check it with `colledge train run.yaml --dry-run`.
 model: ./my-model             # a local Hugging Face directory, or a hub id
 data:
-  train: corpus.jsonl         # one {"text": ...} a line, or a plain .txt
+  train: corpus.jsonl         # {"text"}, {"prompt", "completion"} or {"messages"} a line; .json, .parquet, .txt too
   sequence_length: 128        # tokens in a row
+  # packing: false            # a row for each example, padded or cut; else they are joined
+  # loss_on: answers          # learn completions and what the assistant says, read the rest
+  # validation_split: 0.05    # or validation: a file; with evaluate_every below
 method: full                  # train every parameter
 batch: {global_size: 16}      # rows in a step, over all devices
 optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
@@ -26,6 +29,7 @@ pool: pool.yaml
 objective: energy             # energy (of the whole pool) | time | energy-delay
 # deadline: 8h                # for the whole run; deadline_step: 2 s for one step
 # checkpoint_every: 50        # steps; without it only Ctrl-C saves one, the end saves the model
+# evaluate_every: 50          # steps between losses on the validation data
 output: out/
 """
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer
 
-from colledge.data import TokenizedText, read_texts, tokenize
-from colledge.errors import ModelError
-from colledge.launch.run_config import RunConfig
+from colledge.data import Example, Rows, Tokenizer, make_rows, read_examples, split_examples
+from colledge.errors import DataError, ModelError
+from colledge.launch.run_config import DataConfig, RunConfig
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -38,20 +40,70 @@ def find_model(name: str) -> Path:
         ) from None
 
 
-def load_data(run: RunConfig, model_folder: Path) -> TokenizedText:
-    """Return a run's training data as rows of tokens.
+@dataclass(frozen=True)
+class RunData:
+    """The rows that a run trains on, and those it is validated with."""
+
+    train: Rows
+    validation: Rows | None = None
+
+    def notes(self) -> list[str]:
+        """Return in words what of the examples is not in the rows."""
+        notes = []
+        for name, rows in (("training", self.train), ("validation", self.validation)):
+            if rows is not None and rows.num_cut:
+                notes.append(
+                    f"{rows.num_cut} {name} example(s) are longer than {rows.sequence_length} tokens and were cut."
+                )
+            if rows is not None and rows.num_dropped:
+                notes.append(f"{rows.num_dropped} {name} row(s) hold nothing to learn and were left out.")
+        return notes
+
+
+def load_data(run: RunConfig, model_folder: Path) -> RunData:
+    """Return a run's data as rows of tokens.
 
     Raises:
         DataError: The data is malformed; the message names the file, the line and the key.
         ModelError: The model's folder has no usable tokenizer.
     """
-    texts = read_texts(run.data.train)
+    data, held = run.data, None
+    examples = read_examples(data.train)
+    if data.validation is not None:
+        held = read_examples(data.validation)
+    elif data.validation_split is not None:
+        try:
+            examples, held = split_examples(examples, data.validation_split, run.seed)
+        except DataError as fault:
+            raise DataError(f"{data.train}: {fault.message}", fix=fault.fix) from None
+    tokenizer = load_tokenizer(model_folder)
+    train = _rows(examples, tokenizer, data, data.train)
+    if held is None:
+        return RunData(train)
+    return RunData(train, _rows(held, tokenizer, data, data.validation or data.train))
+
+
+def _rows(examples: list[Example], tokenizer: Tokenizer, data: DataConfig, path: Path) -> Rows:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+        return make_rows(
+            examples, tokenizer, data.sequence_length, packing=data.packing, loss_on=data.loss_on
+        )
+    except DataError as fault:
+        named = fault.message if str(path) in fault.message else f"{path}: {fault.message}"
+        raise DataError(named, fix=fault.fix) from None
+
+
+def load_tokenizer(model_folder: Path) -> Tokenizer:
+    """Return the tokenizer in a model's folder.
+
+    Raises:
+        ModelError: There is none that can be used.
+    """
+    try:
+        return cast(Tokenizer, AutoTokenizer.from_pretrained(model_folder, local_files_only=True))
     except (OSError, ValueError, KeyError) as fault:
         line = " ".join(str(fault).split())[:200]
         raise ModelError(
             f"{model_folder}: no usable tokenizer there ({line}).",
             fix="save the tokenizer beside the model with tokenizer.save_pretrained.",
         ) from None
-    return tokenize(texts, tokenizer, run.data.sequence_length)

@@ -55,6 +55,7 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task("starting the devices", total=steps)
         self._recent: list[StepMetrics] = []
+        self._validation: float | None = None
 
     def __enter__(self) -> TrainingProgress:
         """Begin to show."""
@@ -75,6 +76,9 @@ class TrainingProgress:
         if not steps:
             return
         self._recent = (self._recent + steps)[-20:]
+        for step in steps:
+            if step.validation_loss is not None:
+                self._validation = step.validation_loss
         last = steps[-1]
         if self._console.is_terminal:
             self._bar.update(self._task, completed=last.step, description=self._figures(last))
@@ -86,10 +90,11 @@ class TrainingProgress:
         return f"step {last.step}/{self._steps}  {self._figures(last)}"
 
     def _figures(self, last: StepMetrics) -> str:
+        validated = f"validation {self._validation:.4f}  " if self._validation is not None else ""
         step_s = sum(line.step_s for line in self._recent) / len(self._recent)
         joules = sum(line.energy_joules for line in self._recent) / len(self._recent)
         return (
-            f"loss {last.loss:.4f}  {format_seconds(step_s)}/step  {last.tokens / step_s:.0f} tokens/s  "
+            f"loss {last.loss:.4f}  {validated}{format_seconds(step_s)}/step  {last.tokens / step_s:.0f} tokens/s  "
             f"{format_joules(joules)}/step  {format_seconds((self._steps - last.step) * step_s)} left"
         )
 

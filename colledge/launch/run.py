@@ -5,6 +5,7 @@ run.yaml + pool.yaml -> profile -> plan -> train -> report       each step reads
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from colledge.data import TokenizedText
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import modelling, planning
-from colledge.launch.inputs import find_model, load_data
+from colledge.launch.inputs import RunData, find_model, load_data
 from colledge.launch.job import Job, OutputFolder
 from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
@@ -78,19 +78,20 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
         return Inputs(run, pool, folder, model)
 
 
-def check_data(data: TokenizedText, model: HuggingFaceCausalLM) -> None:
+def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
     """Check that a model can read the data.
 
     Raises:
         ConfigError: A row is longer than the model's positions, or a token is not in its vocabulary.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and data.sequence_length > positions:
+    length = data.train.sequence_length
+    if positions is not None and length > positions:
         raise ConfigError(
-            f"data.sequence_length is {data.sequence_length}, the model has {positions} positions.",
+            f"data.sequence_length is {length}, the model has {positions} positions.",
             fix=f"set data.sequence_length to at most {positions}.",
         )
-    largest = int(data.rows.max())
+    largest = max(int(rows.ids.max()) for rows in (data.train, data.validation) if rows is not None)
     if largest >= model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer makes token {largest}, the model's vocabulary has {model.config.vocab_size}.",
@@ -278,10 +279,14 @@ def report(folder: OutputFolder) -> Report:
 def show_report(made: Report, folder: OutputFolder, console: Console) -> None:
     """Print predicted against measured, and where the whole report is."""
     console.print(comparison_table(made))
+    validated = ""
+    if made.validation:
+        last = made.validation[-1].loss
+        validated = f", on the validation data {last:.3f} (perplexity {math.exp(min(last, 700)):.2f})"
     error = "" if made.step_error is None else f", predicted within {abs(made.step_error):.1%}"
     console.print(
         f"step time {format_seconds(made.measured.step_s)} (median){error}; loss {made.first_loss:.3f} -> "
-        f"{made.final_loss:.3f}; {made.energy_text(made.total_energy_joules)} in all ({made.energy_source})",
+        f"{made.final_loss:.3f}{validated}; {made.energy_text(made.total_energy_joules)} in all ({made.energy_source})",
         highlight=False,
     )
     console.print(f"report: {folder.report_html}", highlight=False)

@@ -29,20 +29,34 @@ from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
-from colledge.settings import Emulation, OptimizerSettings, Precision, WirePrecision
+from colledge.settings import Emulation, LossOn, OptimizerSettings, Precision, WirePrecision
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
 Accounting = Literal["whole-pool", "marginal"]
 
-_PATH_KEYS = ("model", "data.train", "pool", "output")
+_PATH_KEYS = ("model", "data.train", "data.validation", "pool", "output")
 
 
 class DataConfig(Record):
-    """What to train on: a .jsonl of `{"text": ...}` lines or a .txt, cut into rows of `sequence_length`."""
+    """What to train on, and to validate with: a .jsonl, .json, .parquet or .txt, in rows of `sequence_length`.
+
+    `validation_split` holds a share of the training examples back. Without `packing` each example has a row of its own.
+    `loss_on: answers` learns completions and what the assistant says, and only reads the rest.
+    """
 
     train: Path
+    validation: Path | None = None
+    validation_split: float | None = Field(default=None, gt=0, lt=1)
     sequence_length: int = Field(default=512, ge=2, strict=True)
+    packing: bool = True
+    loss_on: LossOn = "all"
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.validation is not None and self.validation_split is not None:
+            raise ValueError("give validation or validation_split, not both")
+        return self
 
 
 class BatchConfig(Record):
@@ -57,7 +71,8 @@ class RunConfig(Record):
     `model` is a local Hugging Face directory or a hub id. `deadline` is for the whole run, `deadline_step`
     for one step. `accounting` says whose idle energy counts; `must_use` and `must_not_use` name devices.
     `wire_precision` is that of what travels between stages, instead of `precision`. `checkpoint_every` counts steps;
-    without it only a run that is stopped saves one. The end saves the model.
+    without it only a run that is stopped saves one. `evaluate_every` counts steps too: the loss on the validation data,
+    also after the last step. The end saves the model.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -79,6 +94,16 @@ class RunConfig(Record):
     deadline_step_s: Seconds | None = Field(default=None, alias="deadline_step", gt=0)
     output: Path = Path("out")
     checkpoint_every: int | None = Field(default=None, ge=1, strict=True)
+    evaluate_every: int | None = Field(default=None, ge=1, strict=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        validates = self.data.validation is not None or self.data.validation_split is not None
+        if validates != (self.evaluate_every is not None):
+            raise ValueError(
+                "evaluate_every and data.validation (or data.validation_split) go together; saw one"
+            )
+        return self
 
     @property
     def step_limit_s(self) -> float | None:

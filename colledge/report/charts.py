@@ -101,7 +101,7 @@ def _chart(data: list[dict[str, Any]], height: int = 320, **layout: Any) -> Char
 
 
 def loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
-    """Return the loss by step."""
+    """Return the loss by step, and on the validation data where there is any."""
     shown = metrics[:: max(1, len(metrics) // _MOST_POINTS)]
     trace = {
         "type": "scatter",
@@ -111,7 +111,21 @@ def loss_chart(metrics: Sequence[StepMetrics]) -> Chart:
         "line": {"color": _BLUE, "width": 2},
         "hovertemplate": "step %{x}: loss %{y:.4f}<extra></extra>",
     }
-    return _chart([trace], xaxis={"title": {"text": "step"}}, yaxis={"title": {"text": "loss"}})
+    validated = {line.step: line.validation_loss for line in metrics if line.validation_loss is not None}
+    traces = [trace | ({"name": "training"} if validated else {})]
+    if validated:
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": "validation",
+                "x": list(validated),
+                "y": list(validated.values()),
+                "line": {"color": _ORANGE, "width": 2},
+                "hovertemplate": "step %{x}: validation loss %{y:.4f}<extra></extra>",
+            }
+        )
+    return _chart(traces, xaxis={"title": {"text": "step"}}, yaxis={"title": {"text": "loss"}})
 
 
 def timeline_chart(timeline: Sequence[Bar]) -> Chart:

@@ -17,7 +17,11 @@ from colledge.records import Record, parse_record
 
 
 class StepMetrics(Record):
-    """One step as measured. `energy_joules` is the whole pool's, `tokens` those that the loss counts."""
+    """One step as measured. `energy_joules` is the whole pool's, `tokens` those that the loss counts.
+
+    `validation_loss` is the mean over the validation data after this step; its time, `validation_s`, is not in
+    `step_s`, nor its energy in `energy_joules`.
+    """
 
     step: int = Field(ge=1)
     loss: float
@@ -25,6 +29,8 @@ class StepMetrics(Record):
     tokens: int = Field(ge=0)
     energy_joules: float = Field(ge=0)
     gradient_norm: float | None = Field(default=None, ge=0)
+    validation_loss: float | None = None
+    validation_s: float | None = Field(default=None, ge=0)
     devices: dict[str, DeviceFigures]
 
 

@@ -16,7 +16,7 @@ from colledge.plan import DeviceFigures, Plan, StepFigures
 from colledge.profiles import PowerMode
 from colledge.records import Record
 from colledge.report.metrics import StepMetrics
-from colledge.units import format_joules
+from colledge.units import format_joules, format_seconds
 
 _WARMUP_STEPS = 3
 
@@ -59,6 +59,14 @@ class FamilyFigures(Record):
         )
 
 
+class Validation(Record):
+    """The mean loss on the validation data after a step; its perplexity is e to the power of it."""
+
+    step: int = Field(ge=1)
+    loss: float
+    seconds: float = Field(ge=0)
+
+
 class Report(Record):
     """report.json.
 
@@ -78,6 +86,7 @@ class Report(Record):
     tokens: int
     first_loss: float
     final_loss: float
+    validation: tuple[Validation, ...] = ()
     total_energy_joules: float
     energy_source: EnergySource
     joules_per_token: float | None = None
@@ -121,6 +130,11 @@ def build_report(
     measured = _medians(metrics[warmup:], set(plan.devices))
     prediction = plan.prediction
     tokens = sum(line.tokens for line in metrics)
+    validation = tuple(
+        Validation(step=line.step, loss=line.validation_loss, seconds=line.validation_s or 0.0)
+        for line in metrics
+        if line.validation_loss is not None
+    )
     energy = sum(line.energy_joules for line in metrics)
     return Report(
         model=model,
@@ -133,13 +147,14 @@ def build_report(
         tokens=tokens,
         first_loss=metrics[0].loss,
         final_loss=metrics[-1].loss,
+        validation=validation,
         total_energy_joules=energy,
         energy_source=_energy_source(line.devices for line in metrics),
         joules_per_token=energy / tokens if tokens else None,
         bounds=bounds,
         families=dict(families or {}),
         reasons=tuple(reasons),
-        notes=(*notes, *_notes(measured, warmup, prediction is not None)),
+        notes=(*notes, *_notes(measured, warmup, prediction is not None), *_validation_notes(validation)),
     )
 
 
@@ -194,6 +209,15 @@ def _energy_source(steps: Iterable[Mapping[str, DeviceFigures]]) -> EnergySource
     if "missing" in sources or not sources:
         return "missing"
     return sources.pop() if len(sources) == 1 else "mixed"
+
+
+def _validation_notes(validation: Sequence[Validation]) -> list[str]:
+    if not validation:
+        return []
+    seconds = sum(one.seconds for one in validation)
+    return [
+        f"Validating took {format_seconds(seconds)}; neither that time nor its energy is in any figure here."
+    ]
 
 
 def _notes(measured: StepFigures, warmup: int, predicted: bool) -> list[str]:

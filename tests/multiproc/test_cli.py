@@ -13,10 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from colledge.launch.cli import main
 from colledge.launch.demo import make_model, standard_library_source
+from colledge.launch.inputs import load_data
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import load_pool, load_run
 from colledge.records import read_json
@@ -140,11 +143,16 @@ def assert_one_line(result: subprocess.CompletedProcess[str] | Failed, *wanted: 
 
 
 def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
-    losses = {}
+    losses, validated = {}, {}
+    validation = ["data.validation_split=0.2", "evaluate_every=4"]
     for name in ("one", "hybrid"):
-        result = colledge(folder, "train", "run.yaml", "--plan", f"{name}.json", f"output=out-{name}")
+        result = colledge(
+            folder, "train", "run.yaml", "--plan", f"{name}.json", f"output=out-{name}", *validation
+        )
         assert result.returncode == 0, result.stderr
-        losses[name] = [line.loss for line in read_metrics(folder / f"out-{name}" / "metrics.jsonl")]
+        metrics = read_metrics(folder / f"out-{name}" / "metrics.jsonl")
+        losses[name] = [line.loss for line in metrics]
+        validated[name] = {line.step: line.validation_loss for line in metrics if line.validation_s}
     assert len(losses["one"]) == 6
     assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
     assert losses["one"][-1] < losses["one"][0]
@@ -154,6 +162,16 @@ def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
     assert "<html" in (out / "report.html").read_text()[:500]
     model = AutoModelForCausalLM.from_pretrained(out / "model")
     assert model.config.num_hidden_layers == 3
+    assert list(validated["one"]) == [4, 6]
+    assert validated["hybrid"] == pytest.approx(validated["one"], rel=1e-9)
+    assert report.validation[-1].loss == validated["hybrid"][6]
+    held = load_data(load_run(folder / "run.yaml", validation), folder / "model").validation
+    assert held is not None
+    batch = held.batch(torch.arange(held.num_rows))
+    with torch.no_grad():  # the library's own model and loss on the saved weights
+        logits = model.double()(**batch.inputs).logits[:, :-1]
+    theirs = cross_entropy(logits.flatten(0, 1), batch.targets["labels"][:, 1:].flatten(), ignore_index=-100)
+    assert float(theirs) == pytest.approx(validated["one"][6], rel=1e-6)  # its norms are of float32
     assert not processes_of(folder)
 
 
