@@ -82,13 +82,18 @@ def depth_vectors(num_stages: int, num_microbatches: int) -> list[tuple[int, ...
     if num_stages == 1:
         return [(1,)]
     count = num_microbatches
-    if comb(count + num_stages - 1, num_stages) <= _MOST_DEPTHS:
+    if depths_are_few(num_stages, num_microbatches):
         every = combinations_with_replacement(range(count, 0, -1), num_stages)
         return sorted(every, key=lambda depths: depths != default_depths(num_stages, count))
     regular = [
         tuple(min(count, 1 + slope * (num_stages - 1 - s)) for s in range(num_stages)) for slope in (1, 2, 3)
     ]
     return list(dict.fromkeys([*regular, (count,) * num_stages]))
+
+
+def depths_are_few(num_stages: int, num_microbatches: int) -> bool:
+    """Return whether `depth_vectors` returns all that fall toward the last stage."""
+    return num_stages == 1 or comb(num_microbatches + num_stages - 1, num_stages) <= _MOST_DEPTHS
 
 
 def layouts(

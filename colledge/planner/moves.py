@@ -15,6 +15,7 @@ from itertools import pairwise
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
 from colledge.arrays import Array
 from colledge.planner.draft import Draft, StageDraft
@@ -26,7 +27,7 @@ from colledge.planner.tables import Tables
 
 Neighbours = Callable[[Draft], Iterator[Draft]]
 
-LOOK = 20  # what looking at a draft costs, in simulated actions
+LOOK = 60  # what looking at a draft costs, in simulated actions
 _MANY = 6  # replicas of a stage beyond which only the slowest and the fastest are looked at
 
 
@@ -38,6 +39,7 @@ class Moves:
         self.batch = tables.request.global_batch_size
         self._ahead = ~np.tri(tables.num_layers + 1, dtype=bool)
         self._span_s = lru_cache(maxsize=2000)(self._span_seconds)
+        self._fit = lru_cache(maxsize=2000)(self._fitting_spans)
         self.kinds: tuple[Neighbours, ...] = (
             self.boundaries,
             self.rows,
@@ -71,7 +73,7 @@ class Moves:
                             yield other
                             yield from self.depths(other)
         if len(stages) > 1:
-            yield draft._replace(stages=self.recut(stages))
+            yield draft._replace(stages=self.recut(stages, draft.depths))
 
     def rows(self, draft: Draft) -> Iterator[Draft]:
         """Move rows between two replicas of a stage, or share them anew."""
@@ -134,17 +136,17 @@ class Moves:
                     yield from self._fresh(draft, size, tuple(stages))
 
     def depths(self, draft: Draft) -> Iterator[Draft]:
-        """Run more or fewer forwards before the first backward."""
+        """Run more or fewer forwards before the first backward; where memory is too small for them, with other cuts."""
         num_stages, count = len(draft.stages), self.batch // draft.microbatch_size
         if num_stages == 1:
             return
         for depths in depth_vectors(num_stages, count)[:8]:
-            yield draft._replace(depths=depths)
+            yield self._held(draft._replace(depths=depths))
         for s in range(num_stages if num_stages <= _MANY else 0):
             for step in (1, -1):
                 depths = tuple(d + step * (i == s) for i, d in enumerate(draft.depths))
                 if 1 <= depths[s] <= count and all(a >= b for a, b in pairwise(depths)):
-                    yield draft._replace(depths=depths)
+                    yield self._held(draft._replace(depths=depths))
 
     def recomputation(self, draft: Draft) -> Iterator[Draft]:
         """Recompute a stage's activations, or keep them."""
@@ -159,7 +161,9 @@ class Moves:
             if len(stage.group) == 1:
                 if len(draft.stages) > 1:
                     stages = draft.stages[:s] + draft.stages[s + 1 :]
-                    yield from self._fresh(draft, draft.microbatch_size, self.recut(stages))
+                    yield from self._fresh(
+                        draft, draft.microbatch_size, self._recut_for(stages, draft.microbatch_size)
+                    )
                 continue
             for some in self._alike(stage):
                 rest = _without(stage, some)
@@ -186,7 +190,7 @@ class Moves:
                     alone = StageDraft((0, 1), group, rows, units, ((mode,),) * len(some))
                     for s in range(len(draft.stages) + 1):
                         yield from self._fresh(
-                            draft, size, self.recut((*draft.stages[:s], alone, *draft.stages[s:]))
+                            draft, size, self._recut_for((*draft.stages[:s], alone, *draft.stages[s:]), size)
                         )
 
     def exchanges(self, draft: Draft) -> Iterator[Draft]:
@@ -281,7 +285,9 @@ class Moves:
                 if parts[0] is not None and parts[1] is not None:
                     for pair in ((parts[0], parts[1]), (parts[1], parts[0])):
                         stages = (*draft.stages[:s], *pair, *draft.stages[s + 1 :])
-                        for fresh in self._fresh(draft, draft.microbatch_size, self.recut(stages)):
+                        for fresh in self._fresh(
+                            draft, draft.microbatch_size, self._recut_for(stages, draft.microbatch_size)
+                        ):
                             yield from self._settled(fresh)
 
     def orders(self, draft: Draft) -> Iterator[Draft]:
@@ -291,7 +297,9 @@ class Moves:
             for t in range(s + 1, len(stages)):
                 order = list(stages)
                 order[s], order[t] = stages[t], stages[s]
-                yield from self._fresh(draft, draft.microbatch_size, self.recut(tuple(order)))
+                yield from self._fresh(
+                    draft, draft.microbatch_size, self._recut_for(order, draft.microbatch_size)
+                )
         for s, stage in enumerate(stages):
             if 2 <= len(stage.group) <= _MANY:
                 for r in range(1, len(stage.group)):
@@ -347,19 +355,31 @@ class Moves:
 
     # -- helpers ---------------------------------------------------------------------------------------------
 
-    def recut(self, stages: Sequence[StageDraft]) -> tuple[StageDraft, ...]:
-        """Return the stages with the model cut where the slowest of them is fastest; rows and devices stay."""
-        num_layers = self.tables.num_layers
-        best = np.full(num_layers + 1, np.inf)
-        best[0] = 0.0
-        came: list[Array] = []
-        for stage in stages:
-            worst = np.maximum(best[:, None], self._span_s(stage._replace(layers=(0, 0))))
-            came.append(worst.argmin(axis=0))
-            best = worst.min(axis=0)
-        edges = [num_layers]
-        for choice in reversed(came):
-            edges.insert(0, int(choice[edges[0]]))
+    def _held(self, draft: Draft) -> Draft:
+        """Return a draft whose depths memory holds, with other cuts if need be; else as it is."""
+        if len(draft.stages) > _MANY or all(
+            self._fit(stage._replace(layers=(0, 0)), depth)[stage.layers]
+            for stage, depth in zip(draft.stages, draft.depths, strict=True)
+        ):
+            return draft
+        return draft._replace(stages=self.recut(draft.stages, draft.depths))
+
+    def _recut_for(self, stages: Sequence[StageDraft], size: int) -> tuple[StageDraft, ...]:
+        return self.recut(stages, default_depths(len(stages), self.batch // size))
+
+    def recut(self, stages: Sequence[StageDraft], depths: Sequence[int]) -> tuple[StageDraft, ...]:
+        """Return the stages with the model cut where the slowest of them is fastest, in memory if that can be.
+
+        Rows and devices stay.
+        """
+        whole = [stage._replace(layers=(0, 0)) for stage in stages]
+        spans = [self._span_s(stage) for stage in whole]
+        fitting = [
+            np.where(self._fit(stage, depth), seconds, np.inf)
+            for stage, depth, seconds in zip(whole, depths, spans, strict=True)
+        ]
+        edges = _least_slowest_cut(fitting) or _least_slowest_cut(spans)
+        assert edges is not None, "there are no more stages than layers"
         return tuple(stage._replace(layers=(edges[s], edges[s + 1])) for s, stage in enumerate(stages))
 
     def _span_seconds(self, stage: StageDraft) -> Array:
@@ -374,6 +394,19 @@ class Moves:
         prefixes = np.array([np.add(*self.tables.costs.prefix_s(*key)) for key in sorted(different)])
         spans = (prefixes[:, None, :] - prefixes[:, :, None]).max(axis=0)
         return np.where(self._ahead, spans, np.inf)
+
+    def _fitting_spans(self, stage: StageDraft, depth: int) -> npt.NDArray[np.bool_]:
+        """Return for which layers [i, j) memory holds a stage's rows; of shards this is not known beforehand."""
+        shape = (self.tables.num_layers + 1,) * 2
+        fitting = np.ones(shape, dtype=bool)
+        if len(stage.units) == 1:
+            for (device,), rows in set(zip(stage.group, stage.samples, strict=True)):
+                profile = self.tables.pool.device(device)
+                held = self.tables.rows_of_spans(
+                    profile.room_bytes, profile.allocator_overhead, depth, stage.recompute
+                )
+                fitting &= held >= rows
+        return fitting
 
     def _each_class(self, stage: StageDraft) -> list[int]:
         """Return one replica of each class and row count of a stage."""
@@ -467,7 +500,7 @@ class Moves:
                 fresh = self._filled(draft, s, _members(stage), stage.layers)
                 stages[s] = fresh or stage
         if len(stages) > 1:
-            yield draft._replace(stages=self.recut(stages))
+            yield draft._replace(stages=self.recut(stages, draft.depths))
         else:
             yield draft._replace(stages=tuple(stages))
 
@@ -526,6 +559,24 @@ def shaken(start: Found, moves: Moves, judge: Judge, numbers: Random) -> Found:
         found = next((f for f in map(judge.judge, options[:8]) if f is not None), None)
         current = found or current
     return current
+
+
+def _least_slowest_cut(spans: Sequence[Array]) -> list[int] | None:
+    """Return the edges of stages whose slowest is fastest, given each stage's seconds of layers [i, j)."""
+    num_layers = len(spans[0]) - 1
+    best = np.full(num_layers + 1, np.inf)
+    best[0] = 0.0
+    came = []
+    for seconds in spans:
+        worst = np.maximum(best[:, None], seconds)
+        came.append(worst.argmin(axis=0))
+        best = worst.min(axis=0)
+    if not np.isfinite(best[-1]):
+        return None
+    edges = [num_layers]
+    for choice in reversed(came):
+        edges.insert(0, int(choice[edges[0]]))
+    return edges
 
 
 def _with(draft: Draft, changes: dict[int, StageDraft]) -> Draft:

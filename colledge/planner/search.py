@@ -19,6 +19,7 @@ from colledge.planner.cost import PoolCosts
 from colledge.planner.draft import Draft, draft_of, make_draft
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Found, Judge, better
+from colledge.planner.layouts import depths_are_few
 from colledge.planner.moves import LOOK, Moves, climb, shaken
 from colledge.planner.request import FAMILIES, Family, Objective, PlanningRequest
 from colledge.planner.sweep import Goal, Sweep, fill_rows, fitted_pipeline
@@ -30,10 +31,10 @@ _MOST_SIZES = 5
 _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 2
-_FEW = 5  # devices of which every order is tried
+_FEW, _STARTS_OF_FEW = 5, 20  # so many devices are tried in every order
 _CLIMB_ACTIONS = 20_000
 _FAMILIES, _FAMILY_ACTIONS = 2, 5_000  # the best families are climbed from further
-_WANDER_ACTIONS = 250_000  # for each class of devices of a small pool
+_WANDER_ACTIONS = 1_000_000  # for each class of devices of a small pool
 _WANDER_ACTIONS_A_DEVICE, _SMALL_POOL = 1_500, 8
 _FRESH, _STRAY = 0.3, 0.1  # how often a climb starts at random, or from a worse draft
 _ROUGH_ACTIONS = 40_000
@@ -79,7 +80,9 @@ class Search:
         if provable:
             best = self.exact.improve(best, objective, _PROOF_ACTIONS)
             self.proven = self.exact.complete
-            if best is not None and not self.proven:
+            if best is not None and self.proven:
+                best = climb(best, self.moves, self.judge, objective, _CLIMB_ACTIONS)  # other warm-up depths
+            elif best is not None:
                 best = self._wander(best, objective, self._budget())
         if best is not None:
             for end in ("time", "energy"):
@@ -95,6 +98,7 @@ class Search:
         ]
         reached.sort(key=lambda found: self.judge.score(found, objective))
         starts = {found.draft: found for found in reached[:_FAMILIES]}
+        most = _STARTS_OF_FEW if len(self.devices) <= _FEW else _STARTS
         groupings: dict[tuple[tuple[int, ...], ...], Found] = {}
         for found in sorted(drafts, key=lambda found: self.judge.score(found, objective)):
             grouping = tuple(
@@ -102,7 +106,7 @@ class Search:
                 for stage in found.draft.stages
             )
             groupings.setdefault(grouping, found)
-        starts |= {found.draft: found for found in list(groupings.values())[:_STARTS]}
+        starts |= {found.draft: found for found in list(groupings.values())[:most]}
         reached += [
             climb(found, self.moves, self.judge, objective, _CLIMB_ACTIONS) for found in starts.values()
         ]
@@ -114,7 +118,7 @@ class Search:
     def _budget(self) -> int:
         """Return the simulated actions to spend on wandering: most where devices are few and unlike."""
         count, kinds = len(self.devices), len(set(self.classes.values()))
-        share = min(1.0, (_SMALL_POOL / count) ** 2)
+        share = min(1.0, (_SMALL_POOL / count) ** 4)
         many = max(0, count - 2 * _SMALL_POOL)
         return int(self.effort * (_WANDER_ACTIONS * kinds * share + _WANDER_ACTIONS_A_DEVICE * many))
 
@@ -183,10 +187,11 @@ class Search:
         """Return in words how much was searched, and whether the answer is proven."""
         text = f"{self.judge.num_simulated} plans were simulated"
         if self.proven:
-            return (
-                f"{text}; bounds on {self.exact.num_skeletons} layouts and cuts prove that no other plan of the "
-                "search space is better."
-            )
+            text = f"{text}; bounds on {self.exact.num_skeletons} layouts and cuts prove that no other plan "
+            batch, most = self.request.global_batch_size, min(len(self.devices), self.tables.num_layers)
+            if all(depths_are_few(s, batch // size) for size in self.sizes for s in range(2, most + 1)):
+                return f"{text}of the search space is better."
+            return f"{text}with regular warm-up depths is better; others were tried by local changes."
         return (
             f"{text}, found by a program over devices of each kind and by local changes. The space is too large for a "
             "proof that none is better; the bounds say how much better one could be."
