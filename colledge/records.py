@@ -11,12 +11,14 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from colledge.errors import ConfigError
+
+_NUMBERS = frozenset({int, float})
 
 
 class Record(BaseModel):
@@ -30,6 +32,18 @@ class Record(BaseModel):
         serialize_by_alias=True,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, values: Any) -> Any:
+        """Refuse true and false where a number is wanted: they would count as 1 and 0."""
+        if isinstance(values, Mapping):
+            for name, info in cls.model_fields.items():
+                key = info.alias or name
+                numeric = not _NUMBERS.isdisjoint((info.annotation, *get_args(info.annotation)))
+                if numeric and isinstance(values.get(key), bool):
+                    raise ValueError(f"{key} is {str(values[key]).lower()}, wanted a number")
+        return values
 
     def to_json(self) -> str:
         """Return the record as indented JSON; what was not set stays out."""

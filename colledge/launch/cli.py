@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.exceptions import TyperException
 
 from colledge import __version__
 from colledge.errors import ColledgeError, ConfigError
@@ -343,13 +344,18 @@ def _root(
 def main() -> None:
     """Run the command line; print a fault as one line and exit with its code."""
     try:
-        app()
+        code = app(standalone_mode=False)
+    except TyperException as fault:  # a command line that cannot be read
+        context = getattr(fault, "ctx", None)
+        asked = context.command_path if context is not None else "colledge"
+        message = fault.format_message()  # of several lines where no command was given: the help itself
+        line = f"colledge: {message.rstrip('.')}. Fix: see `{asked} --help`."
+        print(message if "\n" in message else line, file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     except ColledgeError as fault:
         print(f"colledge: {fault}", file=sys.stderr)
         sys.exit(fault.exit_code)
     except OSError as fault:
         print(f"colledge: {fault}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
-    except KeyboardInterrupt:
-        print("colledge: stopped.", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)  # 130 after Ctrl-C

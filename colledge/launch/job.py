@@ -13,6 +13,7 @@ out/
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,22 @@ class OutputFolder:
 
     path: Path
 
+    def create(self) -> None:
+        """Make the folder, unless it is there.
+
+        Raises:
+            LaunchError: It cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            writable = os.access(self.path, os.W_OK)
+        except OSError as fault:
+            raise LaunchError(
+                f"{self.path} cannot be made a folder ({fault.strerror}).", fix="set another output."
+            ) from None
+        if not writable:
+            raise LaunchError(f"{self.path} cannot be written to.", fix="set another output.")
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the folder for one run.
@@ -60,7 +77,7 @@ class OutputFolder:
         Raises:
             LaunchError: Another run holds it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.create()
         with (self.path / ".lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -150,6 +150,8 @@ def constrained(
 
 def plan(inputs: PlanningInputs) -> PlanningResult:
     """Plan from profiles; writes the plan and its reports where there is a folder."""
+    if inputs.folder is not None:
+        inputs.folder.create()
     result = plan_training(inputs.pool, inputs.model, inputs.request)
     if inputs.folder is not None:
         write(result, inputs, inputs.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 from math import ceil, floor, log10
 from time import perf_counter
 
@@ -21,6 +22,7 @@ from colledge.planner.pace import paced
 from colledge.planner.request import Baseline, PlanBounds, PlanningRequest, PlanningResult
 from colledge.planner.search import Search
 from colledge.planner.shortage import nothing_fits
+from colledge.planner.tables import find_route
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
 from colledge.units import format_seconds
@@ -173,6 +175,15 @@ def _nothing_found(
             f"no plan is possible with must_use {list(request.must_use)}: the devices are not joined by links, "
             "or are more than the layers and the batch can be shared among.",
             fix="name fewer devices in must_use, or add the missing links to the pool profile.",
+        )
+    costs = PoolCosts(pool, model, request.wire_precision)
+    apart = [pair for pair in combinations(devices, 2) if find_route(costs, *pair) is None]
+    if apart:
+        more = f" (and {len(apart) - 1} other pairs)" if len(apart) > 1 else ""
+        return ConfigError(
+            f"no plan was found: nothing joins {' and '.join(apart[0])}{more}, and what is joined cannot hold the "
+            "model.",
+            fix="add the missing links, or a segment, to the pool profile.",
         )
     return ConfigError(
         f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {smallest} or "

@@ -10,6 +10,8 @@ from colledge.records import Record
 
 DeviceId = NewType("DeviceId", str)
 
+_LONGEST_NAME = 100
+
 Source = Literal["measured", "declared", "catalog", "modelled"]
 
 
@@ -56,6 +58,15 @@ class DeviceProfile(Record):
     def room_bytes(self) -> int:
         """What is left of the memory beside the process itself; below 0 if that alone is too much."""
         return self.memory_bytes - self.runtime_bytes
+
+    @field_validator("id", "kind")
+    @classmethod
+    def _readable(cls, name: str) -> str:
+        if not name.isprintable() or name != name.strip() or len(name) > _LONGEST_NAME:
+            raise ValueError(
+                f"wanted at most {_LONGEST_NAME} printable characters without spaces around them"
+            )
+        return name
 
     @field_validator("modes")
     @classmethod

@@ -55,7 +55,14 @@ class PoolProfile(Record):
             for end in (link.source, link.target):
                 if end not in known:
                     raise ValueError(f"link {link.source}->{link.target} names unknown device {end!r}")
+        names = [segment.name for segment in self.segments]
         for segment in self.segments:
+            if names.count(segment.name) > 1:
+                raise ValueError(
+                    f"segment {segment.name!r} appears {names.count(segment.name)} times; names must differ"
+                )
+            if len(set(segment.devices)) != len(segment.devices):
+                raise ValueError(f"segment {segment.name!r} names a device twice")
             for id in segment.devices:
                 if id not in known:
                     raise ValueError(f"segment {segment.name!r} names unknown device {id!r}")

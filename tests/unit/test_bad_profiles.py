@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import colledge
 from colledge.errors import ColledgeError
 from colledge.launch import cli
+from colledge.launch.cli import main
 from colledge.launch.run_config import RunConfig, load_pool, load_run
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningRequest, plan_training, predict
@@ -156,6 +157,61 @@ def test_numbers_that_no_device_has_are_refused_by_name(
     err = run.fault(values["pool"], values["model"])
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
     assert f"{file}.json: {name}" in err
+
+
+@pytest.mark.parametrize("path", ["links.0.bandwidth_bytes_per_s", "devices.0.memory_bytes"])
+def test_true_is_no_number(run: Cli, path: str) -> None:
+    holder: Any = (pool := copy.deepcopy(POOL))
+    *parents, last = path.split(".")
+    for key in parents:
+        holder = holder[int(key) if key.isdigit() else key]
+    holder[last] = True
+    assert f"{last} is true, wanted a number" in run.fault(pool, MODEL)
+
+
+@pytest.mark.parametrize("id", ["", " a", "a\nb", "\u200b", "x" * 101])
+def test_names_that_nobody_can_read_are_refused(run: Cli, id: str) -> None:
+    pool = changed(POOL, lambda pool: pool["devices"][2].update(id=id))
+    assert "devices[2].id" in run.fault(pool, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [
+        ({"name": "air", "devices": ["b", "c"]}, "segment 'air' appears 2 times"),
+        ({"name": "sea", "devices": ["b", "b"]}, "segment 'sea' names a device twice"),
+    ],
+)
+def test_segments_that_mean_two_things_are_refused(run: Cli, second: dict[str, Any], words: str) -> None:
+    figures = {"latency_s": 0.001, "bandwidth_bytes_per_s": 1e7}
+    first = {"name": "air", "devices": ["a", "b"]}
+    pool = changed(POOL, lambda pool: pool.update(segments=[{**first, **figures}, {**second, **figures}]))
+    assert words in run.fault(pool, MODEL)
+
+
+def test_a_pool_in_pieces_that_cannot_hold_the_model_says_what_is_not_joined(run: Cli) -> None:
+    def small(pool: dict[str, Any]) -> None:
+        pool.update(links=[])
+        for device in pool["devices"]:
+            device.update(memory_bytes=100 * MB)
+
+    err = run.fault(changed(POOL, small), MODEL)
+    assert "nothing joins a and b (and 2 other pairs)" in err
+
+
+@pytest.mark.parametrize("arguments", [["plan", "--steps", "0"], ["catalog", "show"], ["plan", "--no-such"]])
+def test_a_bad_command_line_is_one_line(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["colledge", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("colledge: ")
+    assert line.endswith(
+        f"Fix: see `colledge {' '.join(arguments[:2] if arguments[0] == 'catalog' else ['plan'])} --help`."
+    )
 
 
 @pytest.mark.parametrize("path", ["links.0.bandwidth_bytes_per_s", "devices.0.memory_bytes"])
