@@ -7,9 +7,11 @@ stages; it is never above what the simulator finds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, Generic, TypeVar
 
 import highspy
 import numpy as np
@@ -19,41 +21,47 @@ from colledge.planner.cost import LayerClass, PoolCosts
 from colledge.planner.layouts import Group
 from colledge.planner.request import PlanBounds, PlanningRequest
 
+Number = TypeVar("Number", float, Array)
+
 _MOST_SAMPLES_TRIED = 256
 _SOLVER = 1e-7  # relative; the solver is told to keep its constraints to 1e-9
 _MOST_DEVICES_BY_SUBSET = 6
 
 
 @dataclass(frozen=True)
-class StageArrays:
-    """Durations of one pipeline stage over many candidates (the arrays of one call broadcast together).
+class StageArrays(Generic[Number]):
+    """Durations of one pipeline stage, of one candidate or of many (the arrays of one call broadcast together).
 
     `forward_min_s` .. over the stage's replicas; `busy_s` is the slowest replica's forward plus backward,
     `tail_s` what follows its last backward, `dynamic_joules` the energy above the floor that every second costs.
     """
 
-    forward_min_s: Array
-    forward_max_s: Array
-    backward_min_s: Array
-    busy_s: Array
-    tail_s: Array
-    dynamic_joules: Array
+    forward_min_s: Number
+    forward_max_s: Number
+    backward_min_s: Number
+    busy_s: Number
+    tail_s: Number
+    dynamic_joules: Number
 
 
 @dataclass(frozen=True)
-class HopArrays:
+class HopArrays(Generic[Number]):
     """Transfers between a stage and the next: the least for one message, and a step's bytes over all bandwidth."""
 
-    forward_first_s: Array
-    forward_total_s: Array
-    backward_first_s: Array
-    backward_total_s: Array
+    forward_first_s: Number
+    forward_total_s: Number
+    backward_first_s: Number
+    backward_total_s: Number
     waits_for_all: bool
 
 
 def step_lower_bound(
-    stages: Sequence[StageArrays], hops: Sequence[HopArrays], num_microbatches: int, one_medium: bool
-) -> Array:
+    stages: Sequence[StageArrays[Number]],
+    hops: Sequence[HopArrays[Number]],
+    num_microbatches: int,
+    one_medium: bool,
+    larger: Callable[[Any, Any], Any] = np.maximum,
+) -> Number:
     """Return a lower bound of step_s for each candidate.
 
     Each stage cannot start before the first micro-batch reaches it, computes all micro-batches, and is followed
@@ -64,38 +72,40 @@ def step_lower_bound(
         hops: Transfers between adjacent stages.
         num_microbatches: Micro-batches in a step.
         one_medium: Whether all transfers share one medium.
+        larger: The larger of two numbers; `max` is much quicker for plain ones.
     """
     last = len(stages) - 1
-    start: list[Array] = [np.zeros(())]
+    start: list[Any] = [0.0]
     for stage, hop in zip(stages, hops, strict=False):
         fill = stage.forward_max_s if hop.waits_for_all else stage.forward_min_s
         start.append(start[-1] + fill + hop.forward_first_s)
-    end: list[Array] = [stages[0].tail_s]
+    end: list[Any] = [stages[0].tail_s]
     for before, hop, stage in zip(stages, hops, stages[1:], strict=False):
-        end.append(np.maximum(stage.tail_s, hop.backward_first_s + before.backward_min_s + end[-1]))
+        end.append(larger(stage.tail_s, hop.backward_first_s + before.backward_min_s + end[-1]))
     round_trip = [stages[last].forward_min_s + stages[last].backward_min_s]
     for stage, hop in zip(reversed(stages[:-1]), reversed(hops), strict=True):
         way = hop.forward_first_s + hop.backward_first_s
         round_trip.insert(0, stage.forward_min_s + way + round_trip[0] + stage.backward_min_s)
-    bound = np.zeros(())
+    bound: Any = 0.0
     for s, stage in enumerate(stages):
-        bound = np.maximum(bound, start[s] + num_microbatches * stage.busy_s + end[s])
+        bound = larger(bound, start[s] + num_microbatches * stage.busy_s + end[s])
     for s, hop in enumerate(hops):
         out = start[s] + stages[s].forward_min_s + hop.forward_total_s + round_trip[s + 1] + end[s + 1]
         back = start[s + 1] + round_trip[s + 1] + hop.backward_total_s + stages[s].backward_min_s + end[s]
-        bound = np.maximum(bound, np.maximum(out, back))
+        bound = larger(bound, larger(out, back))
     if one_medium and hops:
-        carried = sum((hop.forward_total_s + hop.backward_total_s for hop in hops), np.zeros(()))
-        after = np.asarray(np.inf)
+        carried = sum((hop.forward_total_s + hop.backward_total_s for hop in hops), 0.0)
+        least: Any = -math.inf
         for stage, rest in zip(stages, end, strict=True):
-            after = np.minimum(after, stage.backward_min_s + rest)
-        bound = np.maximum(bound, stages[0].forward_min_s + carried + after)
-    return bound
+            least = larger(least, -(stage.backward_min_s + rest))
+        bound = larger(bound, stages[0].forward_min_s + carried - least)
+    result: Number = bound
+    return result
 
 
 def hop_bounds(
-    costs: PoolCosts, left: Group, right: Group, out_bytes: Array | float, size: int, count: int
-) -> HopArrays:
+    costs: PoolCosts, left: Group, right: Group, out_bytes: Number, size: int, count: int
+) -> HopArrays[Number]:
     """Return the bounds of the transfers between two stages.
 
     Args:
@@ -113,9 +123,9 @@ def hop_bounds(
         routes = {route.medium: route for a, b in pairs for route in [costs.route(a, b)]}
         rates = [route.bandwidth_bytes_per_s for route in routes.values()]
         copies = size * len(receiver[0])
-        total.append(np.asarray(count * copies * out_bytes / sum(rates)))
+        total.append(count * copies * out_bytes / sum(rates))
         one = copies * out_bytes / sum(rates) if alone else out_bytes / max(rates)
-        first.append(min(route.latency_s for route in routes.values()) + np.asarray(one))
+        first.append(min(route.latency_s for route in routes.values()) + one)
     return HopArrays(first[0], total[0], first[1], total[1], len(right) == 1)
 
 

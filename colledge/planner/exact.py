@@ -70,7 +70,7 @@ class _Options:
 class _Stage:
     """The bounds of one stage over its options, and `floor`, the least of each field."""
 
-    arrays: StageArrays
+    arrays: StageArrays[Array]
     watts: Array
     floor: tuple[float, ...]
     floor_watts: float
@@ -209,7 +209,7 @@ class Exact:
         layout: Layout,
         size: int,
         cuts: npt.NDArray[np.int64],
-        stages: Sequence[StageArrays],
+        stages: Sequence[StageArrays[Array]],
         watts: Array,
     ) -> tuple[Array, Array]:
         """Return lower bounds of step time and energy; the arrays of the stages broadcast together."""
@@ -224,7 +224,7 @@ class Exact:
 
     def _hops(
         self, layout: Layout, size: int, count: int, cuts: npt.NDArray[np.int64]
-    ) -> tuple[list[HopArrays], bool]:
+    ) -> tuple[list[HopArrays[Array]], bool]:
         """Return the transfers of every boundary, and whether all of them share one medium."""
         hops, media = [], set()
         for s, (left, right) in enumerate(pairwise(layout)):

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
-
 from colledge.errors import ConfigError
 from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
 from colledge.planner.cost import PoolCosts
@@ -109,13 +107,13 @@ class Judge:
             self._hop_bound(left.group, right.group, left.layers[1], draft.microbatch_size, count)
             for left, right in pairwise(draft.stages)
         ]
-        step_s = float(step_lower_bound([arrays for arrays, _ in stages], hops, count, False))
+        step_s = step_lower_bound([arrays for arrays, _ in stages], hops, count, False, max)
         watts = sum(floor for _, floor in stages)
         if self.request.accounting == "whole-pool":
             watts += self._idle_w - sum(self._devices[device].modes[0].idle_w for device in draft.devices)
-        return step_s, watts * step_s + sum(float(arrays.dynamic_joules) for arrays, _ in stages)
+        return step_s, watts * step_s + sum(arrays.dynamic_joules for arrays, _ in stages)
 
-    def _stage_bounds(self, stage: StageDraft, count: int) -> tuple[StageArrays, float]:
+    def _stage_bounds(self, stage: StageDraft, count: int) -> tuple[StageArrays[float], float]:
         """Return the bounds of a stage, and the watts that its devices draw at least."""
         total, several = sum(stage.units), len(stage.group) > 1
         forwards, backwards, updates = [], [], [0.0]
@@ -152,9 +150,9 @@ class Judge:
             sync + max(updates),
             joules,
         )
-        return StageArrays(*(np.float64(number) for number in numbers)), watts
+        return StageArrays(*numbers), watts
 
-    def _hop_bounds(self, left: Group, right: Group, layer: int, size: int, count: int) -> HopArrays:
+    def _hop_bounds(self, left: Group, right: Group, layer: int, size: int, count: int) -> HopArrays[float]:
         """Return the bounds of the transfers between two stages, the model cut before `layer`."""
         return hop_bounds(self.costs, left, right, float(self.costs.boundary_bytes(layer - 1)), size, count)
 

@@ -71,7 +71,7 @@ def test_commands_run_and_quotes_are_what_they_print(printed: dict[str, str]) ->
 
 def test_what_the_page_says_of_its_commands_is_so(printed: dict[str, str]) -> None:
     by_option = {command.partition("run.yaml ")[2]: text for command, text in printed.items()}
-    assert "prove that no other plan of the search space is better" in by_option["--without pi"]
+    assert "prove that no other plan with regular warm-up depths is better" in by_option["--without pi"]
     assert "jetson-orin-nano-1: assumed" in by_option["--with catalog:jetson-orin-nano"]
     assert "costing" in by_option["--deadline 35min --electricity 0.30/kWh --carbon 350g/kWh"]
     assert Path("out/llama/plan.json").is_file()
