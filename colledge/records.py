@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -38,10 +39,8 @@ class Record(BaseModel):
     def _refuse_truth_values(cls, values: Any) -> Any:
         """Refuse true and false where a number is wanted: they would count as 1 and 0."""
         if isinstance(values, Mapping):
-            for name, info in cls.model_fields.items():
-                key = info.alias or name
-                numeric = not _NUMBERS.isdisjoint((info.annotation, *get_args(info.annotation)))
-                if numeric and isinstance(values.get(key), bool):
+            for key in _numeric_keys(cls):
+                if isinstance(values.get(key), bool):
                     raise ValueError(f"{key} is {str(values[key]).lower()}, wanted a number")
         return values
 
@@ -51,6 +50,18 @@ class Record(BaseModel):
 
 
 RecordT = TypeVar("RecordT", bound=Record)
+
+
+@cache
+def _numeric_keys(record: type[Record]) -> tuple[str, ...]:
+    """Return the keys of a record that hold one number, or none."""
+    return tuple(
+        key
+        for name, info in record.model_fields.items()
+        if not _NUMBERS.isdisjoint((info.annotation, *get_args(info.annotation)))
+        for key in {name, info.alias or name}
+    )
+
 
 # Beyond these no file holds a quantity, and products of a few numbers stay finite between them.
 _SMALLEST, _LARGEST = 1e-30, 1e20

@@ -13,7 +13,7 @@ from colledge.units import BytesPerSecond, Seconds
 Precision = Literal["float64", "float32", "bfloat16"]
 WirePrecision = Literal["bfloat16"]  # of what travels between pipeline stages; None: as computed
 
-LossOn = Literal["all", "answers"]  # completions, and what the assistant of a chat says
+LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 
 ITEM_BYTES: Mapping[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
 

@@ -46,7 +46,9 @@ OnFault = Callable[[DataError], None]
 
 def stop_at_fault(fault: DataError) -> NoReturn:
     """Raise a fault: training begins on data without any."""
-    raise DataError(fault.message, fix=f"{fault.fix} `colledge data check` lists every fault.")
+    raise DataError(
+        fault.message, fix=f"{fault.fix} `colledge data check FILE --model DIR` names all such lines."
+    )
 
 
 def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example]:
@@ -59,9 +61,12 @@ def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example
     Raises:
         DataError: The file is missing, cannot be read or holds no text.
     """
+    if not path.exists():
+        raise DataError(f"{path}: no such file.", fix="give the path of an existing file.")
     if path.suffix not in SUFFIXES:
+        seen = f"a {path.suffix} file" if path.suffix else "a name without a suffix"
         raise DataError(
-            f"{path}: saw a {path.suffix or 'nameless'} file, wanted {', '.join(SUFFIXES)}.",
+            f"{path}: saw {seen}, wanted {', '.join(SUFFIXES)}.",
             fix=f"write one {_SHAPES} a line into a .jsonl file, or plain text into a .txt file.",
         )
     found: list[Example] = []
@@ -71,10 +76,10 @@ def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example
                 found.append(_example(value, where))
             except DataError as fault:
                 on_fault(fault)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file.", fix="give the path of an existing file.") from None
     except OSError as fault:
-        raise DataError(f"{path}: cannot be read ({fault.strerror}).", fix="give a readable file.") from None
+        raise DataError(
+            f"{path}: cannot be read ({fault.strerror or fault}).", fix="give a readable file."
+        ) from None
     found = [example for example in found if any(text for _, text in example.parts)]
     if not found:
         raise DataError(f"{path}: holds no text.", fix="give a file with at least one row of text.")
@@ -207,28 +212,30 @@ def _messages(value: object, where: str) -> tuple[tuple[str, str], ...]:
             fix='write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].',
         )
     parts = []
+    wanted = '{"role": ..., "content": ...}, both text (calls of tools and parts of content are not read)'
     for number, message in enumerate(value):
         at = f"{where}, messages[{number}]"
         if not isinstance(message, dict):
             raise DataError(
                 f"{at}: saw {type(message).__name__}, wanted an object with role and content.",
-                fix='write {"role": "user", "content": ...}.',
+                fix=f"write {wanted}.",
             )
-        parts.append((_text(message, "role", at), _text(message, "content", at)))
+        parts.append((_text(message, "role", at, wanted), _text(message, "content", at, wanted)))
     return tuple(parts)
 
 
-def _text(value: dict[str, object], key: str, where: str) -> str:
+def _text(value: dict[str, object], key: str, where: str, wanted: str = _SHAPES) -> str:
     if key not in value:
         seen = ", ".join(repr(name) for name in list(value)[:8]) or "none"
         raise DataError(
             f"{where}: key {key!r} is missing; the keys are {seen}.",
-            fix=f"name the key `{key}`; wanted {_SHAPES}.",
+            fix=f"name the key `{key}`; wanted {wanted}.",
         )
     text = value[key]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: key {key!r} holds {type(text).__name__}, wanted a string.", fix="quote the text."
+            f"{where}: key {key!r} holds {type(text).__name__}, wanted a string.",
+            fix=f"write text; wanted {wanted}.",
         )
     try:
         text.encode()

@@ -11,6 +11,7 @@ With `loss_on` "answers" only completions and what the assistant says are learnt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,8 @@ IGNORED_LABEL = -100  # as in torch.nn.functional.cross_entropy
 _PIECE_CHARS = 1 << 16  # a document longer than this is tokenised in pieces: less memory, all cores
 _PIECES_AT_ONCE = 256
 _ASSISTANT = "assistant"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers in a chat template
+_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
 
 class Tokenizer(Protocol):
@@ -225,9 +228,6 @@ def _documents(examples: Sequence[Example], tokenizer: Tokenizer, end: int) -> I
                 begun = []
 
 
-_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-
-
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     """Yield a document in pieces that end with a line, and whether each is the last one."""
     start = 0
@@ -275,7 +275,7 @@ def _chat(example: Example, tokenizer: Tokenizer, loss_on: LossOn) -> Tokens:
                 f"{example.where}: no message is the assistant's, so there is no answer to learn.",
                 fix='add {"role": "assistant", "content": ...}, or use data.loss_on: all.',
             )
-        if "{% generation" in tokenizer.chat_template or "{%- generation" in tokenizer.chat_template:
+        if _GENERATION.search(tokenizer.chat_template):
             encoded = tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -297,6 +297,11 @@ def _answers(
     text: str = tokenizer.apply_chat_template(messages, tokenize=False)
     spans = []
     for number, message in enumerate(messages):
+        if message["role"] == _ASSISTANT and number == 0:
+            raise DataError(
+                f"{where}: the first message is the assistant's: nothing prompts its answer.",
+                fix="begin with the user's message, or use data.loss_on: all.",
+            )
         if message["role"] == _ASSISTANT:
             before = tokenizer.apply_chat_template(
                 messages[:number], tokenize=False, add_generation_prompt=True
@@ -323,9 +328,8 @@ def _packed(tokens: Sequence[Tokens], sequence_length: int, end: int) -> Rows:
         learnt = np.concatenate(
             [np.ones(len(one.ids), dtype=bool) if one.learnt is None else one.learnt for one in tokens]
         )
-    num_rows = len(ids) // sequence_length + (
-        len(ids) % sequence_length > 1
-    )  # one token has nothing to predict
+    whole, rest = divmod(len(ids), sequence_length)
+    num_rows = whole + int(rest > 1)  # one token has nothing to predict
     num_tokens = min(len(ids), num_rows * sequence_length)
     shape, lengths = (num_rows, sequence_length), np.full(num_rows, sequence_length)
     if num_rows:

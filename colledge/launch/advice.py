@@ -28,19 +28,20 @@ def give_advice(inputs: PlanningInputs, progress: Callable[[str], None]) -> Advi
 def show_advice(advice: Advice, inputs: PlanningInputs, console: Console) -> None:
     """Print what each change takes and gains, what the run costs with it, and which one helps most."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    rated = whole_run(0.0, inputs)
-    run = [] if rated is None else [f"{rated.steps:,} steps"]
+    free = whole_run(0.0, inputs)
+    run = [f"{free.steps:,} steps"] if free else []
     for column in ("change", "step", "J/step", "less energy", "less time", *run):
         table.add_column(column, justify="left" if column == "change" else "right", overflow="fold")
     for change in (advice.now, *advice.changes):
         if change.step_s is not None and change.energy_joules_per_step is not None:
+            whole = whole_run(change.energy_joules_per_step, inputs)
             table.add_row(
                 Text(change.change),
                 format_seconds(change.step_s),
                 f"{change.energy_joules_per_step:.4g}",
                 _percent(change.energy_gain),
                 _percent(change.time_gain),
-                *(whole.text() for whole in [whole_run(change.energy_joules_per_step, inputs)] if whole),
+                *([whole.text()] if whole else []),
             )
     console.print(table)
     for change in (advice.now, *advice.changes):

@@ -233,6 +233,8 @@ def train(
         raise ConfigError(f"--resume {resume!r} is not known.", fix="use --resume auto.")
     console = _console(stderr=print_commands)  # standard output is for the lines alone
     inputs = run.read_inputs(run_file, overrides or [])
+    for note in inputs.notes:
+        console.print(note, highlight=False, markup=False)
     if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):
         run.profile(inputs, console)
     chosen = run.choose_plan(inputs, plan_file, console)
@@ -348,9 +350,9 @@ def main() -> None:
     except TyperException as fault:  # a command line that cannot be read
         context = getattr(fault, "ctx", None)
         asked = context.command_path if context is not None else "colledge"
-        message = fault.format_message()  # of several lines where no command was given: the help itself
-        line = f"colledge: {message.rstrip('.')}. Fix: see `{asked} --help`."
-        print(message if "\n" in message else line, file=sys.stderr)
+        message = fault.format_message().rstrip(".")
+        if message:  # else no command was given, and the help has been printed
+            print(f"colledge: {message}. Fix: see `{asked} --help`.", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
     except ColledgeError as fault:
         print(f"colledge: {fault}", file=sys.stderr)

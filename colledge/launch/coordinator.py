@@ -114,8 +114,6 @@ class _Training:
             read_json(PoolProfile, self._folder.pool_profile) if self._folder.pool_profile.is_file() else None
         )
         self._data = load_data(job.run, job.model)
-        for note in self._data.notes():
-            print(note, flush=True)
         self._modes = _power_modes(job, self._plan, self._pool)
         weights = SafetensorsDirectory(job.model)
         if self._plan.prediction is not None:
@@ -147,9 +145,11 @@ class _Training:
             rows = self._data.train
             indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
             record = engine.train_step(rows.batch(indices))
-            self._write(record)
+            line = self._write(record)
             if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step < run.steps:
                 save_checkpoint(engine, self._job.output, run.seed)
+            if not stop.asked:
+                self._validate(line)
         if stop.asked and engine.step < run.steps:
             path = save_checkpoint(engine, self._job.output, run.seed)
             print(f"stopped after step {engine.step}; saved {path}", flush=True)
@@ -167,14 +167,14 @@ class _Training:
         state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
         print(f"resumed from {checkpoint.name}: going on at step {state.step + 1}", flush=True)
 
-    def _write(self, record: StepRecord) -> None:
+    def _write(self, record: StepRecord) -> StepMetrics:
         if not math.isfinite(record.loss) or not math.isfinite(record.gradient_norm or 0.0):
             raise ColledgeError(
                 f"the loss is {record.loss} and the gradient's norm {record.gradient_norm} at step {record.step}: "
                 "training diverged.",
                 fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
             )
-        line = step_metrics(record, self._modes).model_copy(update=self._validate(record.step))
+        line = step_metrics(record, self._modes)
         append_metrics(self._folder.metrics, line)
         now_s = time.monotonic()
         if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
@@ -186,23 +186,25 @@ class _Training:
                 f"{format_joules(line.energy_joules)} a step  {format_seconds(left_s)} left",
                 flush=True,
             )
+        return line
 
-    def _validate(self, step: int) -> dict[str, float]:
-        """Return the mean loss on the validation data and the seconds it took, where it is due after a step."""
-        run, rows = self._job.run, self._data.validation
+    def _validate(self, line: StepMetrics) -> None:
+        """Write a step's line again, with the mean loss on the validation data, where that is due."""
+        run, rows, step = self._job.run, self._data.validation, line.step
         if rows is None or not run.evaluate_every or (step % run.evaluate_every and step != run.steps):
-            return {}
-        began_s, total, count = time.monotonic(), 0.0, 0
+            return
+        began_s, total, count = time.perf_counter(), 0.0, 0
         for start in range(0, rows.num_rows, run.batch.global_size):
             indices = torch.arange(start, min(start + run.batch.global_size, rows.num_rows))
             part, targets = self._engine.evaluate(rows.batch(indices))
             total, count = total + part, count + targets
-        loss, took_s = total / count, time.monotonic() - began_s
+        loss, took_s = total / count, time.perf_counter() - began_s
+        validated = {"validation_loss": loss, "validation_s": took_s}
+        append_metrics(self._folder.metrics, line.model_copy(update=validated))
         print(
             f"step {step}/{run.steps}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}",
             flush=True,
         )
-        return {"validation_loss": loss, "validation_s": took_s}
 
 
 def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode]) -> StepMetrics:

@@ -17,7 +17,7 @@ from colledge.settings import LossOn
 
 _MOST_FAULTS_SHOWN = 20
 _MOST_BINS, _BAR = 12, 40
-_NUM_SAMPLES, _MOST_SAMPLE_TOKENS = 3, 256
+_MOST_SAMPLE_TOKENS = 256
 _KINDS: dict[Kind, str] = {"text": "text", "completion": "prompt and completion", "chat": "messages"}
 
 
@@ -30,11 +30,17 @@ def check_file(
         DataError: There are faults, or nothing to train on; they have been printed.
     """
     faults: list[DataError] = []
-    examples = read_examples(path, faults.append)
+    try:
+        examples = read_examples(path, faults.append)
+    except DataError as empty:  # of the whole file; where all its lines are bad, those say more
+        if not faults:
+            raise
+        examples = []
+        console.print(Text(str(empty), style="red"))
     tokens = list(tokenize(examples, tokenizer, loss_on, faults.append)) if tokenizer is not None else []
     counts = count_kinds(examples)
     kinds = ", ".join(f"{counts[kind]:,} of {name}" for kind, name in _KINDS.items() if counts[kind])
-    console.print(Text(f"{path}: {len(examples):,} example(s) ({kinds})"))
+    console.print(Text(f"{path}: {len(examples):,} example(s) ({kinds or 'nothing that can be read'})"))
     if tokenizer is not None and tokens:
         _print_lengths(tokens, loss_on, sequence_length, console)
         _print_samples(tokens, tokenizer, console)
@@ -44,7 +50,8 @@ def check_file(
         console.print(Text(f"... and {len(faults) - _MOST_FAULTS_SHOWN:,} more", style="red"))
     if faults:
         raise DataError(
-            f"{path}: {len(faults)} example(s) cannot be trained on.", fix="mend the lines named above."
+            f"{path}: {len(faults)} example(s) cannot be trained on.",
+            fix=f"mend the lines named above{' and check again' if len(faults) > _MOST_FAULTS_SHOWN else ''}.",
         )
 
 
@@ -69,8 +76,7 @@ def _print_lengths(tokens: Sequence[Tokens], loss_on: LossOn, sequence_length: i
 
 def _print_samples(tokens: Sequence[Tokens], tokenizer: Tokenizer, console: Console) -> None:
     """Print the first, the middle and the last example, decoded; what the loss counts stands in ⟦ ⟧."""
-    for at in sorted({0, len(tokens) // 2, len(tokens) - 1})[:_NUM_SAMPLES]:
-        one = tokens[at]
+    for one in (tokens[at] for at in sorted({0, len(tokens) // 2, len(tokens) - 1}) if len(tokens[at].ids)):
         shown = Text(f"sample ({one.where}, {len(one.ids)} tokens; the loss counts ⟦this⟧)\n", style="bold")
         ids = one.ids[:_MOST_SAMPLE_TOKENS]
         learnt = np.ones(len(ids), dtype=bool) if one.learnt is None else one.learnt[: len(ids)]

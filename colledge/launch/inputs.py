@@ -47,7 +47,7 @@ class RunData:
     train: Rows
     validation: Rows | None = None
 
-    def notes(self) -> list[str]:
+    def notes(self) -> tuple[str, ...]:
         """Return in words what of the examples is not in the rows."""
         notes = []
         for name, rows in (("training", self.train), ("validation", self.validation)):
@@ -57,7 +57,7 @@ class RunData:
                 )
             if rows is not None and rows.num_dropped:
                 notes.append(f"{rows.num_dropped} {name} row(s) hold nothing to learn and were left out.")
-        return notes
+        return tuple(notes)
 
 
 def load_data(run: RunConfig, model_folder: Path) -> RunData:

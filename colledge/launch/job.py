@@ -28,7 +28,10 @@ from colledge.records import Record
 
 
 class Job(Record):
-    """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder."""
+    """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder.
+
+    `notes` are for the report: what of the data is not trained on.
+    """
 
     schema_tag: Literal["colledge/job/1"] = Field(default="colledge/job/1", alias="schema")
     kind: Literal["profile", "train"]
@@ -38,6 +41,7 @@ class Job(Record):
     devices: tuple[str, ...]
     output: Path
     resume: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class Failure(Record):

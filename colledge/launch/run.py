@@ -44,6 +44,7 @@ class Inputs:
     pool: PoolConfig
     model_folder: Path
     model: HuggingFaceCausalLM
+    notes: tuple[str, ...] = ()  # what of the data is not trained on
 
     @property
     def folder(self) -> OutputFolder:
@@ -71,11 +72,14 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
         )
     folder = find_model(run.model)
     model = HuggingFaceCausalLM.from_directory(folder)
+    notes: tuple[str, ...] = ()
     if with_data:
         SafetensorsDirectory(folder)
-        check_data(load_data(run, folder), model)
+        data = load_data(run, folder)
+        check_data(data, model)
+        notes = data.notes()
     with OutputFolder(run.output).locked():
-        return Inputs(run, pool, folder, model)
+        return Inputs(run, pool, folder, model, notes)
 
 
 def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
@@ -167,7 +171,7 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
 
 
 def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
-    """Return the profiles in a run's folder, or None where there are none for its pool, model and rows."""
+    """Return the profiles in a run's folder, or None where there are none for its pool, model, rows and precision."""
     profiles = planning.read_profiles(inputs.folder)
     if profiles is None:
         return None
@@ -176,6 +180,7 @@ def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
         {device.id for device in pool.devices} == {device.id for device in inputs.pool.devices}
         and tuple(layer.name for layer in model.layers) == inputs.model.layer_names
         and model.sequence_length == inputs.run.data.sequence_length
+        and model.precision in (None, inputs.run.precision)
     )
     return profiles if same else None
 
@@ -264,6 +269,7 @@ def report(folder: OutputFolder) -> Report:
         families={name: FamilyFigures.of(p) for name, p in result.families.items()} if result else None,
         bounds=bounds,
         reasons=result.reasons if result else (),
+        notes=job.notes,
     )
     bars: Sequence[Bar] = ()
     modes = {device.id: device.power_mode() for device in job.pool.devices}
@@ -302,5 +308,6 @@ def _job(inputs: Inputs, kind: str, devices: tuple[str, ...], resume: bool = Fal
             "devices": devices,
             "output": inputs.run.output.resolve(),
             "resume": resume,
+            "notes": inputs.notes,
         }
     )

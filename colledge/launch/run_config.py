@@ -100,9 +100,8 @@ class RunConfig(Record):
     def _check(self) -> RunConfig:
         validates = self.data.validation is not None or self.data.validation_split is not None
         if validates != (self.evaluate_every is not None):
-            raise ValueError(
-                "evaluate_every and data.validation (or data.validation_split) go together; saw one"
-            )
+            missing = "evaluate_every" if validates else "data.validation (or data.validation_split)"
+            raise ValueError(f"evaluate_every and validation data go together; {missing} is missing")
         return self
 
     @property

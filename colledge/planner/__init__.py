@@ -181,9 +181,8 @@ def _nothing_found(
     if apart:
         more = f" (and {len(apart) - 1} other pairs)" if len(apart) > 1 else ""
         return ConfigError(
-            f"no plan was found: nothing joins {' and '.join(apart[0])}{more}, and what is joined cannot hold the "
-            "model.",
-            fix="add the missing links, or a segment, to the pool profile.",
+            f"no plan was found over the devices that are joined; nothing joins {' and '.join(apart[0])}{more}.",
+            fix="add the missing links, or a segment, to the pool profile; or take a batch with more divisors.",
         )
     return ConfigError(
         f"no plan was found for a batch of {request.global_batch_size} samples in micro-batches of {smallest} or "
@@ -201,7 +200,7 @@ def _too_late(search: Search, best: Found, bounds: PlanBounds, deadline_s: float
             f"{format_seconds(bounds.step_s)} (bound), and the fastest takes {format_seconds(best.step_s)} ({fastest})."
         )
     else:
-        known = "" if search.proven else " that was found"
+        known = "" if search.proven_for_all_depths else " that was found"
         message = (
             f"no plan{known} meets the deadline of {wanted} a step: the fastest takes "
             f"{format_seconds(best.step_s)} ({fastest}); the bound is {format_seconds(bounds.step_s)}."

@@ -29,7 +29,7 @@ _MOST_DEVICES_BY_SUBSET = 6
 
 
 @dataclass(frozen=True)
-class StageArrays(Generic[Number]):
+class StageBounds(Generic[Number]):
     """Durations of one pipeline stage, of one candidate or of many (the arrays of one call broadcast together).
 
     `forward_min_s` .. over the stage's replicas; `busy_s` is the slowest replica's forward plus backward,
@@ -45,7 +45,7 @@ class StageArrays(Generic[Number]):
 
 
 @dataclass(frozen=True)
-class HopArrays(Generic[Number]):
+class HopBounds(Generic[Number]):
     """Transfers between a stage and the next: the least for one message, and a step's bytes over all bandwidth."""
 
     forward_first_s: Number
@@ -56,8 +56,8 @@ class HopArrays(Generic[Number]):
 
 
 def step_lower_bound(
-    stages: Sequence[StageArrays[Number]],
-    hops: Sequence[HopArrays[Number]],
+    stages: Sequence[StageBounds[Number]],
+    hops: Sequence[HopBounds[Number]],
     num_microbatches: int,
     one_medium: bool,
     larger: Callable[[Any, Any], Any] = np.maximum,
@@ -95,17 +95,17 @@ def step_lower_bound(
         bound = larger(bound, larger(out, back))
     if one_medium and hops:
         carried = sum((hop.forward_total_s + hop.backward_total_s for hop in hops), 0.0)
-        least: Any = -math.inf
+        negated_least: Any = -math.inf
         for stage, rest in zip(stages, end, strict=True):
-            least = larger(least, -(stage.backward_min_s + rest))
-        bound = larger(bound, stages[0].forward_min_s + carried - least)
+            negated_least = larger(negated_least, -(stage.backward_min_s + rest))
+        bound = larger(bound, stages[0].forward_min_s + carried - negated_least)
     result: Number = bound
     return result
 
 
 def hop_bounds(
     costs: PoolCosts, left: Group, right: Group, out_bytes: Number, size: int, count: int
-) -> HopArrays[Number]:
+) -> HopBounds[Number]:
     """Return the bounds of the transfers between two stages.
 
     Args:
@@ -126,7 +126,7 @@ def hop_bounds(
         total.append(count * copies * out_bytes / sum(rates))
         one = copies * out_bytes / sum(rates) if alone else out_bytes / max(rates)
         first.append(min(route.latency_s for route in routes.values()) + one)
-    return HopArrays(first[0], total[0], first[1], total[1], len(right) == 1)
+    return HopBounds(first[0], total[0], first[1], total[1], len(right) == 1)
 
 
 def lower_bounds(costs: PoolCosts, request: PlanningRequest) -> PlanBounds:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colledge.arrays import Array
-from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
+from colledge.planner.bounds import HopBounds, StageBounds, hop_bounds, step_lower_bound
 from colledge.planner.draft import Draft, StageDraft
 from colledge.planner.judge import EQUAL, Found, Judge, better
 from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, layouts
@@ -70,7 +70,7 @@ class _Options:
 class _Stage:
     """The bounds of one stage over its options, and `floor`, the least of each field."""
 
-    arrays: StageArrays[Array]
+    arrays: StageBounds[Array]
     watts: Array
     floor: tuple[float, ...]
     floor_watts: float
@@ -199,7 +199,7 @@ class Exact:
             if self._options(group, size) is None:
                 return None
             found = [self._stage(group, size, cut[s], cut[s + 1]) for cut in cuts]
-            stages.append(StageArrays(*np.array([f.floor for f in found]).T))
+            stages.append(StageBounds(*np.array([f.floor for f in found]).T))
             watts = watts + np.array([f.floor_watts for f in found])
         step_s, joules = self._bound(layout, size, np.array(cuts), stages, watts)
         return np.broadcast_to(step_s, len(cuts)), np.broadcast_to(joules, len(cuts))
@@ -209,7 +209,7 @@ class Exact:
         layout: Layout,
         size: int,
         cuts: npt.NDArray[np.int64],
-        stages: Sequence[StageArrays[Array]],
+        stages: Sequence[StageBounds[Array]],
         watts: Array,
     ) -> tuple[Array, Array]:
         """Return lower bounds of step time and energy; the arrays of the stages broadcast together."""
@@ -224,7 +224,7 @@ class Exact:
 
     def _hops(
         self, layout: Layout, size: int, count: int, cuts: npt.NDArray[np.int64]
-    ) -> tuple[list[HopArrays[Array]], bool]:
+    ) -> tuple[list[HopBounds[Array]], bool]:
         """Return the transfers of every boundary, and whether all of them share one medium."""
         hops, media = [], set()
         for s, (left, right) in enumerate(pairwise(layout)):
@@ -342,7 +342,7 @@ class Exact:
         dynamic = options.compute_w * (count * (own_f + own_b) + own_u)
         dynamic = dynamic + options.talk_w * ((count * (reduce_f + reduce_b))[:, :, None] + sync[:, None])
         works = options.rows > 0
-        arrays = StageArrays(
+        arrays = StageBounds(
             forward_min_s=np.where(works, forward, np.inf).min(axis=1),
             forward_max_s=forward.max(axis=1),
             backward_min_s=np.where(works, backward, np.inf).min(axis=1),
@@ -351,7 +351,7 @@ class Exact:
             dynamic_joules=dynamic.sum(axis=(1, 2)),
         )
         watts = options.floor_w.sum(axis=(1, 2))
-        floor = tuple(float(getattr(arrays, name).min()) for name in StageArrays.__annotations__)
+        floor = tuple(float(getattr(arrays, name).min()) for name in StageBounds.__annotations__)
         return _Stage(arrays, watts, floor, float(watts.min()))
 
     # -- drafts ----------------------------------------------------------------------------------------------
@@ -404,9 +404,9 @@ class Exact:
                 busy = np.where(options.canonical, busy, np.inf)
             values = [
                 busy if name == "busy_s" else getattr(stage.arrays, name)
-                for name in StageArrays.__annotations__
+                for name in StageBounds.__annotations__
             ]
-            stages.append(StageArrays(*(array.reshape(axes) for array in values)))
+            stages.append(StageBounds(*(array.reshape(axes) for array in values)))
             watts = watts + stage.watts.reshape(axes)
         step_s, joules = self._bound(layout, size, np.array([cut]), stages, watts)
         return np.broadcast_to(step_s, shape).ravel(), np.broadcast_to(joules, shape).ravel(), shape

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from colledge.errors import ConfigError
-from colledge.planner.bounds import HopArrays, StageArrays, hop_bounds, step_lower_bound
+from colledge.planner.bounds import HopBounds, StageBounds, hop_bounds, step_lower_bound
 from colledge.planner.cost import PoolCosts
 from colledge.planner.draft import Draft, StageDraft, make_plan, make_stage
 from colledge.planner.layouts import Group
@@ -113,7 +113,7 @@ class Judge:
             watts += self._idle_w - sum(self._devices[device].modes[0].idle_w for device in draft.devices)
         return step_s, watts * step_s + sum(arrays.dynamic_joules for arrays, _ in stages)
 
-    def _stage_bounds(self, stage: StageDraft, count: int) -> tuple[StageArrays[float], float]:
+    def _stage_bounds(self, stage: StageDraft, count: int) -> tuple[StageBounds[float], float]:
         """Return the bounds of a stage, and the watts that its devices draw at least."""
         total, several = sum(stage.units), len(stage.group) > 1
         forwards, backwards, updates = [], [], [0.0]
@@ -150,9 +150,9 @@ class Judge:
             sync + max(updates),
             joules,
         )
-        return StageArrays(*numbers), watts
+        return StageBounds(*numbers), watts
 
-    def _hop_bounds(self, left: Group, right: Group, layer: int, size: int, count: int) -> HopArrays[float]:
+    def _hop_bounds(self, left: Group, right: Group, layer: int, size: int, count: int) -> HopBounds[float]:
         """Return the bounds of the transfers between two stages, the model cut before `layer`."""
         return hop_bounds(self.costs, left, right, float(self.costs.boundary_bytes(layer - 1)), size, count)
 

@@ -28,6 +28,7 @@ from colledge.planner.tables import Tables
 Neighbours = Callable[[Draft], Iterator[Draft]]
 
 LOOK = 60  # what looking at a draft costs, in simulated actions
+_MANY_STAGES = 6
 _MANY = 6  # replicas of a stage beyond which only the slowest and the fastest are looked at
 
 
@@ -55,25 +56,30 @@ class Moves:
             self.splits,
             self.orders,
             self.shards,
+            self.distant_boundaries,
         )
 
     # -- one decision ----------------------------------------------------------------------------------------
 
     def boundaries(self, draft: Draft) -> Iterator[Draft]:
-        """Move layers from one stage to another, or cut the model anew for the groups as they are."""
-        stages, last = draft.stages, len(draft.stages) - 1
+        """Move layers across a boundary, or cut the model anew for the groups as they are."""
+        stages = draft.stages
         for step in (1, -1, 2, -2, 4, -4):
-            for s in range(last):
+            for s in range(len(stages) - 1):
                 yield from _shifted(draft, s, s + 1, step)
-        if last < _MANY:  # between stages that are no neighbours; what a stage waits for changes with it
+        if len(stages) > 1:
+            yield draft._replace(stages=self.recut(stages, draft.depths))
+
+    def distant_boundaries(self, draft: Draft) -> Iterator[Draft]:
+        """Move a layer between stages that are no neighbours, with other depths: what a stage waits for changes."""
+        last = len(draft.stages) - 1
+        if last < _MANY_STAGES:
             for a in range(last):
                 for b in range(a + 2, last + 1):
                     for step in (1, -1):
                         for other in _shifted(draft, a, b, step):
                             yield other
                             yield from self.depths(other)
-        if len(stages) > 1:
-            yield draft._replace(stages=self.recut(stages, draft.depths))
 
     def rows(self, draft: Draft) -> Iterator[Draft]:
         """Move rows between two replicas of a stage, or share them anew."""
@@ -142,7 +148,7 @@ class Moves:
             return
         for depths in depth_vectors(num_stages, count)[:8]:
             yield self._held(draft._replace(depths=depths))
-        for s in range(num_stages if num_stages <= _MANY else 0):
+        for s in range(num_stages if num_stages <= _MANY_STAGES else 0):
             for step in (1, -1):
                 depths = tuple(d + step * (i == s) for i, d in enumerate(draft.depths))
                 if 1 <= depths[s] <= count and all(a >= b for a, b in pairwise(depths)):
@@ -161,9 +167,7 @@ class Moves:
             if len(stage.group) == 1:
                 if len(draft.stages) > 1:
                     stages = draft.stages[:s] + draft.stages[s + 1 :]
-                    yield from self._fresh(
-                        draft, draft.microbatch_size, self._recut_for(stages, draft.microbatch_size)
-                    )
+                    yield from self._fresh_cuts(draft, draft.microbatch_size, stages)
                 continue
             for some in self._alike(stage):
                 rest = _without(stage, some)
@@ -189,8 +193,8 @@ class Moves:
                     group = tuple((device,) for device in some)
                     alone = StageDraft((0, 1), group, rows, units, ((mode,),) * len(some))
                     for s in range(len(draft.stages) + 1):
-                        yield from self._fresh(
-                            draft, size, self._recut_for((*draft.stages[:s], alone, *draft.stages[s:]), size)
+                        yield from self._fresh_cuts(
+                            draft, size, (*draft.stages[:s], alone, *draft.stages[s:])
                         )
 
     def exchanges(self, draft: Draft) -> Iterator[Draft]:
@@ -285,9 +289,7 @@ class Moves:
                 if parts[0] is not None and parts[1] is not None:
                     for pair in ((parts[0], parts[1]), (parts[1], parts[0])):
                         stages = (*draft.stages[:s], *pair, *draft.stages[s + 1 :])
-                        for fresh in self._fresh(
-                            draft, draft.microbatch_size, self._recut_for(stages, draft.microbatch_size)
-                        ):
+                        for fresh in self._fresh_cuts(draft, draft.microbatch_size, stages):
                             yield from self._settled(fresh)
 
     def orders(self, draft: Draft) -> Iterator[Draft]:
@@ -297,9 +299,7 @@ class Moves:
             for t in range(s + 1, len(stages)):
                 order = list(stages)
                 order[s], order[t] = stages[t], stages[s]
-                yield from self._fresh(
-                    draft, draft.microbatch_size, self._recut_for(order, draft.microbatch_size)
-                )
+                yield from self._fresh_cuts(draft, draft.microbatch_size, order)
         for s, stage in enumerate(stages):
             if 2 <= len(stage.group) <= _MANY:
                 for r in range(1, len(stage.group)):
@@ -356,31 +356,40 @@ class Moves:
     # -- helpers ---------------------------------------------------------------------------------------------
 
     def _held(self, draft: Draft) -> Draft:
-        """Return a draft whose depths memory holds, with other cuts if need be; else as it is."""
-        if len(draft.stages) > _MANY or all(
+        """Return a draft of few stages with cuts that hold its depths in memory, or as it is."""
+        stages, depths = draft.stages, draft.depths
+        if len(stages) > _MANY_STAGES or all(
             self._fit(stage._replace(layers=(0, 0)), depth)[stage.layers]
-            for stage, depth in zip(draft.stages, draft.depths, strict=True)
+            for stage, depth in zip(stages, depths, strict=True)
         ):
             return draft
-        return draft._replace(stages=self.recut(draft.stages, draft.depths))
+        return draft._replace(stages=self._fitting_cut(stages, depths) or stages)
 
-    def _recut_for(self, stages: Sequence[StageDraft], size: int) -> tuple[StageDraft, ...]:
-        return self.recut(stages, default_depths(len(stages), self.batch // size))
+    def _fresh_cuts(self, draft: Draft, size: int, stages: Sequence[StageDraft]) -> Iterator[Draft]:
+        """Yield other stages as `_fresh` does, the model cut for them."""
+        cut = self.recut(stages, default_depths(len(stages), self.batch // size))
+        return self._fresh(draft, size, cut)
 
     def recut(self, stages: Sequence[StageDraft], depths: Sequence[int]) -> tuple[StageDraft, ...]:
         """Return the stages with the model cut where the slowest of them is fastest, in memory if that can be.
 
         Rows and devices stay.
         """
-        whole = [stage._replace(layers=(0, 0)) for stage in stages]
-        spans = [self._span_s(stage) for stage in whole]
-        fitting = [
-            np.where(self._fit(stage, depth), seconds, np.inf)
-            for stage, depth, seconds in zip(whole, depths, spans, strict=True)
+        found = self._fitting_cut(stages, depths) or _cut(
+            stages, [self._span_s(s) for s in _anywhere(stages)]
+        )
+        assert found is not None, "there are no more stages than layers"
+        return found
+
+    def _fitting_cut(
+        self, stages: Sequence[StageDraft], depths: Sequence[int]
+    ) -> tuple[StageDraft, ...] | None:
+        """Return the stages with the fastest cut that memory holds, or None."""
+        spans = [
+            np.where(self._fit(stage, depth), self._span_s(stage), np.inf)
+            for stage, depth in zip(_anywhere(stages), depths, strict=True)
         ]
-        edges = _least_slowest_cut(fitting) or _least_slowest_cut(spans)
-        assert edges is not None, "there are no more stages than layers"
-        return tuple(stage._replace(layers=(edges[s], edges[s + 1])) for s, stage in enumerate(stages))
+        return _cut(stages, spans)
 
     def _span_seconds(self, stage: StageDraft) -> Array:
         """Return the seconds of a stage's slowest replica for layers [i, j), all-reduces left out; else infinite."""
@@ -514,6 +523,7 @@ def climb(
     *,
     rough: bool = False,
     family: Family | None = None,
+    kinds: Sequence[Neighbours] | None = None,
 ) -> Found:
     """Return the draft at which no move helps any more, or the one reached when the budget is spent.
 
@@ -525,12 +535,14 @@ def climb(
         budget: Simulated actions that may be spent.
         rough: Let the closed form decide instead of the simulator.
         family: Stay within one kind of parallelism.
+        kinds: The moves to make; all of them unless said.
     """
+    kinds = kinds or moves.kinds
     best, score = start, judge.score(start, objective)
     stop, quiet, at = judge.work + budget, 0, 0
-    while quiet < len(moves.kinds):
+    while quiet < len(kinds):
         improved = False
-        for draft in moves.kinds[at % len(moves.kinds)](best.draft):
+        for draft in kinds[at % len(kinds)](best.draft):
             if judge.work >= stop:
                 return best
             judge.work += LOOK
@@ -561,8 +573,13 @@ def shaken(start: Found, moves: Moves, judge: Judge, numbers: Random) -> Found:
     return current
 
 
-def _least_slowest_cut(spans: Sequence[Array]) -> list[int] | None:
-    """Return the edges of stages whose slowest is fastest, given each stage's seconds of layers [i, j)."""
+def _anywhere(stages: Sequence[StageDraft]) -> list[StageDraft]:
+    """Return stages without their layers: what is known of all spans is kept by these."""
+    return [stage._replace(layers=(0, 0)) for stage in stages]
+
+
+def _cut(stages: Sequence[StageDraft], spans: Sequence[Array]) -> tuple[StageDraft, ...] | None:
+    """Return the stages cut so that the slowest is fastest, given the seconds of each for layers [i, j)."""
     num_layers = len(spans[0]) - 1
     best = np.full(num_layers + 1, np.inf)
     best[0] = 0.0
@@ -576,7 +593,7 @@ def _least_slowest_cut(spans: Sequence[Array]) -> list[int] | None:
     edges = [num_layers]
     for choice in reversed(came):
         edges.insert(0, int(choice[edges[0]]))
-    return edges
+    return tuple(stage._replace(layers=(edges[s], edges[s + 1])) for s, stage in enumerate(stages))
 
 
 def _with(draft: Draft, changes: dict[int, StageDraft]) -> Draft:

@@ -31,7 +31,7 @@ _MOST_SIZES = 5
 _MOST_CLASSES = 8
 _MOST_POINTS = 40
 _STARTS = 2
-_FEW, _STARTS_OF_FEW = 5, 20  # so many devices are tried in every order
+_FEW, _STARTS_OF_FEW = 5, 20  # up to so many devices are tried in every order
 _CLIMB_ACTIONS = 12_000
 _FAMILIES, _FAMILY_ACTIONS = 2, 15_000  # the best families are climbed from further
 _WANDER_ACTIONS = 1_000_000  # for each class of devices of a small pool
@@ -81,7 +81,8 @@ class Search:
             best = self.exact.improve(best, objective, _PROOF_ACTIONS)
             self.proven = self.exact.complete
             if best is not None and self.proven:
-                best = climb(best, self.moves, self.judge, objective, _CLIMB_ACTIONS)  # other warm-up depths
+                depths = [self.moves.depths]
+                best = climb(best, self.moves, self.judge, objective, _PROOF_ACTIONS, kinds=depths)
             elif best is not None:
                 best = self._wander(best, objective, self._budget())
         if best is not None:
@@ -183,13 +184,20 @@ class Search:
         """Return the drafts that nothing simulated beats in both time and energy, fastest first; few of many."""
         return _spread(self.judge.frontier, _MOST_POINTS)
 
+    @property
+    def proven_for_all_depths(self) -> bool:
+        """Whether no plan is better, not even one with irregular warm-up depths."""
+        batch, most = self.request.global_batch_size, min(len(self.devices), self.tables.num_layers)
+        return self.proven and all(
+            depths_are_few(s, batch // size) for size in self.sizes for s in range(2, most + 1)
+        )
+
     def coverage(self) -> str:
         """Return in words how much was searched, and whether the answer is proven."""
         text = f"{self.judge.num_simulated} plans were simulated"
         if self.proven:
             text = f"{text}; bounds on {self.exact.num_skeletons} layouts and cuts prove that no other plan "
-            batch, most = self.request.global_batch_size, min(len(self.devices), self.tables.num_layers)
-            if all(depths_are_few(s, batch // size) for size in self.sizes for s in range(2, most + 1)):
+            if self.proven_for_all_depths:
                 return f"{text}of the search space is better."
             return f"{text}with regular warm-up depths is better; others were tried by local changes."
         return (
@@ -225,7 +233,7 @@ class Search:
                 yield from sweep.drafts(size, [goal], keep=3)
 
     def _pipelines(self) -> Iterable[Draft]:
-        """Yield pipelines over all devices, fastest first or last, cut where memory allows and no stage is slow."""
+        """Yield pipelines cut where memory allows and no stage is slow: all devices by speed, few in every order."""
         by_speed = sorted(self.devices, key=self._whole_s)
         count, most = len(by_speed), min(len(by_speed), self.tables.num_layers)
         for num_stages in sorted({n for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, most) if n <= most}):

@@ -62,7 +62,9 @@ class PoolProfile(Record):
                     f"segment {segment.name!r} appears {names.count(segment.name)} times; names must differ"
                 )
             if len(set(segment.devices)) != len(segment.devices):
-                raise ValueError(f"segment {segment.name!r} names a device twice")
+                raise ValueError(
+                    f"segment {segment.name!r} names a device twice: {', '.join(segment.devices)}"
+                )
             for id in segment.devices:
                 if id not in known:
                     raise ValueError(f"segment {segment.name!r} names unknown device {id!r}")

@@ -141,7 +141,7 @@ def simulate(plan: Plan, costs: Costs, *, record: bool = False) -> Timeline:
 
 
 _FORWARD, _BACKWARD, _SEND, _RECEIVE, _END = range(5)
-_UPDATE = 2  # in a replica's log
+_UPDATE = 2  # what `_codes` calls the update at the end of a replica's log
 _CODES = {
     ActionKind.FORWARD: (_FORWARD, 0),
     ActionKind.BACKWARD: (_BACKWARD, 0),
@@ -370,19 +370,19 @@ class _Run:
             for stage in range(len(self.plan.stages))
         ]
         for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), count):
-            for number, durations_s, arrivals_s, note, messages in computing[stage][code]:
+            for number, durations_s, arrivals_s, extend_log, messages in computing[stage][code]:
                 start, arrival = clock[number], arrivals_s[microbatch]
                 if arrival > start:
                     start = arrival
                 end = clock[number] = start + durations_s[microbatch]
-                note((start, end))
-                for medium, occupies_s, latency_s, awaited_s, note_sent in messages:
+                extend_log((start, end))
+                for medium, occupies_s, latency_s, awaited_s, extend_sent in messages:
                     sent = free_s[medium]
                     if sent < end:
                         sent = end
                     free = free_s[medium] = sent + occupies_s
                     arrival = free + latency_s
-                    note_sent((sent, arrival))
+                    extend_sent((sent, arrival))
                     if awaited_s[microbatch] < arrival:
                         awaited_s[microbatch] = arrival
 

@@ -185,6 +185,8 @@ def test_missing_files_folders_and_other_kinds_are_refused(tmp_path: Path) -> No
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(DataError, match="cannot be read"):
         read_examples(tmp_path / "folder.txt")
+    with pytest.raises(DataError, match="saw a name without a suffix"):
+        read_examples(write(tmp_path, "a", "corpus"))
     with pytest.raises(DataError, match=r"saw a \.csv file, wanted \.jsonl, \.json, \.parquet, \.txt"):
         read_examples(write(tmp_path, "a", "corpus.csv"))
     with pytest.raises(DataError, match="saw dict, wanted a list"):
@@ -226,6 +228,8 @@ def test_answers_are_completions_and_what_the_assistant_says() -> None:
 
 def test_chats_that_cannot_be_rendered_are_named() -> None:
     tokenizer = ByteTokenizer()
+    with pytest.raises(DataError, match="the first message is the assistant's"):
+        list(tokenize([chat("ho", "hi", first="assistant")], tokenizer, "answers"))
     with pytest.raises(DataError, match=r"here: no message is the assistant's"):
         list(tokenize([chat("hi")], tokenizer, "answers"))
     tokenizer.chat_template = ALTERNATING

@@ -98,6 +98,15 @@ def test_every_fault_is_named_and_the_end_is_bad(tmp_path: Path, model: Path, ch
     assert len(err.strip().splitlines()) == 1
 
 
+def test_a_file_in_which_every_line_is_bad_says_so_line_by_line(tmp_path: Path, check: Run) -> None:
+    file = write(tmp_path, [{"txt": "a"}, 3])
+    code, out, err = check(str(file))
+    assert code == 2
+    assert f"{file}, line 1: key 'text' is missing" in out
+    assert "line 2: saw int" in out
+    assert "2 example(s) cannot be trained on" in err
+
+
 def test_many_faults_are_not_all_printed(tmp_path: Path, check: Run) -> None:
     code, out, err = check(str(write(tmp_path, [{"text": "a"}, *({"n": n} for n in range(50))])))
     assert code == 2
@@ -131,7 +140,7 @@ def test_a_run_validates_with_a_share_or_a_file(tmp_path: Path, model: Path) -> 
     data = load_data(run, model)
     assert data.validation is not None
     assert (data.train.num_rows, data.validation.num_rows) == (20, 3)
-    assert data.notes() == []
+    assert data.notes() == ()
     cut = load_data(load_run(run_file(tmp_path, {**base, "sequence_length": 60})), model)
     assert cut.validation is None
     (note,) = cut.notes()
@@ -142,8 +151,8 @@ def test_a_run_validates_with_a_share_or_a_file(tmp_path: Path, model: Path) -> 
     ("data", "keys", "words"),
     [
         ({"validation": "a.txt", "validation_split": 0.1}, {"evaluate_every": 1}, "not both"),
-        ({"validation_split": 0.1}, {}, "go together"),
-        ({}, {"evaluate_every": 5}, "go together"),
+        ({"validation_split": 0.1}, {}, "evaluate_every is missing"),
+        ({}, {"evaluate_every": 5}, "validation_split. is missing"),
         ({"validation_split": 1.5}, {"evaluate_every": 5}, "less than 1"),
         ({"loss_on": "some"}, {}, "'all' or 'answers'"),
     ],

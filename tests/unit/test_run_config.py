@@ -126,7 +126,7 @@ def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
         ("precision=float16", ["precision", "float64", "'float16'"]),
         ("wire_precision=float32", ["wire_precision", "'bfloat16'", "'float32'"]),
         ("steps=0", ["steps", "greater than or equal to 1", "0"]),
-        ("steps=true", ["steps", "integer"]),
+        ("steps=true", ["steps", "wanted a number"]),
         ("deadline=0s", ["deadline", "greater than 0"]),
         ("deadline=8 hours", ["deadline", "8 hours", "h"]),
         ("optimizer.betas=[0.9, 1.0]", ["betas", "[0.9, 1.0]"]),
