@@ -91,14 +91,16 @@ def echo_and_pace() -> dict[str, Any]:
     for bandwidth, latency_s, num_bytes in ((10e6, 0.0, 4_000_000), (1e6, 0.1, 300_000)):
         world.wire.pace({1: Pace(latency_s, bandwidth)})
         payload = torch.ones(num_bytes, dtype=torch.uint8)
-        world.wire.send_message(1, Message({"command": "sink", "num_bytes": num_bytes}))
-        began_s = time.perf_counter()
-        world.wire.send(payload, 1, SINK_TAG).wait("a paced send")
-        total = world.wire.receive_message(1, "sink").fields["total"]
-        seconds = time.perf_counter() - began_s
-        paced.append(
-            {"seconds": seconds, "wanted": latency_s + num_bytes / bandwidth, "arrived": total == num_bytes}
-        )
+        seconds, arrived = [], True
+        for _ in range(4):  # another process may hold one up
+            world.wire.send_message(1, Message({"command": "sink", "num_bytes": num_bytes}))
+            began_s = time.perf_counter()
+            world.wire.send(payload, 1, SINK_TAG).wait("a paced send")
+            total = world.wire.receive_message(1, "sink").fields["total"]
+            seconds.append(time.perf_counter() - began_s)
+            arrived &= total == num_bytes
+        wanted = latency_s + num_bytes / bandwidth
+        paced.append({"seconds": min(seconds), "wanted": wanted, "arrived": arrived})
     world.wire.pace({})
     babble = _fault(lambda: _ask(world, "d0", command="babble", header=[42, 10, 0]))
     too_long = _fault(lambda: _ask(world, "d1", command="babble", header=[0x636F6C6C65646765, 2**40, 0]))
