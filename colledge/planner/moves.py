@@ -28,7 +28,7 @@ from colledge.planner.tables import Tables
 Neighbours = Callable[[Draft], Iterator[Draft]]
 
 LOOK = 60  # what looking at a draft costs, in simulated actions
-_MANY_STAGES = 6
+_MANY_STAGES = 6  # beyond which cuts and depths are not tried together
 _MANY = 6  # replicas of a stage beyond which only the slowest and the fastest are looked at
 
 
