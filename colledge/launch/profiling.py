@@ -89,7 +89,7 @@ class _Update:
     def __init__(self, settings: OptimizerSettings, parameters: list[nn.Parameter]) -> None:
         named = {str(index): parameter for index, parameter in enumerate(parameters)}
         self._clipping = settings.gradient_clipping
-        self._gradients = Gradients(named, None, {}, frozenset(named), Clock(), overlap=False)
+        self._gradients = Gradients(named, None, {}, None, frozenset(named), Clock(), overlap=False)
         self._optimizer = build_optimizer(settings, parameters)
 
     def step(self) -> None:

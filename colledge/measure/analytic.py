@@ -155,7 +155,11 @@ class _ValuelessModel:
         self.spec, self.layer_names, self.layer_kinds = model.spec, model.layer_names, model.layer_kinds
         self.shard_units, self.output_width = model.shard_units, model.output_width
         self.input_name, self.context_names, self.tied = model.input_name, model.context_names, model.tied
-        self.boundary_shape, self.slices = model.boundary_shape, model.slices
+        self.boundary_shape, self.slices, self.is_partial = (
+            model.boundary_shape,
+            model.slices,
+            model.is_partial,
+        )
         self.is_sharded, self.output_columns = model.is_sharded, model.output_columns
 
     def layer_parameters(self, layer_index: int) -> dict[str, tuple[int, ...]]:

@@ -259,6 +259,10 @@ class HuggingFaceCausalLM:
                 return linear.slice(parameter, self._shapes[name], units, self.shard_units)
         return None
 
+    def is_partial(self, name: str) -> bool:
+        """Return whether shards hold this parameter whole and each computes a part of its gradient."""
+        return False
+
     def _block_sharding(self, block_index: int) -> ShardedBlock:
         sharding = self._sharding[block_index]
         if sharding is None:

@@ -85,6 +85,9 @@ class LayeredModel(Protocol):
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that the shard with these units holds; None is all of it."""
 
+    def is_partial(self, name: str) -> bool:
+        """Return whether shards hold this parameter whole and each computes a part of its gradient."""
+
     def is_sharded(self, layer_index: int) -> bool:
         """Return whether the shards of a replica share this layer's work; else each does all of it."""
 

@@ -23,7 +23,7 @@ from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES, OutputShard
 from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
-from colledge.parallel.gradients import Gradients, TiedWeight
+from colledge.parallel.gradients import Gradients, PartialSums, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
 from colledge.parallel.setup import DeviceSetup, build_optimizer
 from colledge.parallel.stage import StageRunner
@@ -167,11 +167,17 @@ class _Part:
         )
         self._reports_loss = is_last and place.shard_index == 0
         tied = self._tied_weights(tied_group)
-        unique = _unique(self._parameters)
+        trained = {n: p for n, p in _unique(self._parameters).items() if p.requires_grad}
         self._gradients = Gradients(
-            unique, replicas, tied, self._counted(unique, tied), self._clock, overlap=not setup.emulations
+            trained,
+            replicas,
+            tied,
+            self._partial_sums(trained, shards),
+            self._counted(trained, tied),
+            self._clock,
+            overlap=not setup.emulations,
         )
-        self._optimizer = build_optimizer(setup.optimizer, list(unique.values()))
+        self._optimizer = build_optimizer(setup.optimizer, list(trained.values()))
         self._executor = Executor(
             plan,
             place,
@@ -199,16 +205,20 @@ class _Part:
         return {
             name: TiedWeight(parameter, group, contributes=self._place.shard_index == 0)
             for name, parameter in self._parameters.items()
-            if name in names
+            if name in names and parameter.requires_grad
         }
 
-    def _counted(self, unique: Mapping[str, nn.Parameter], tied: Mapping[str, TiedWeight]) -> frozenset[str]:
+    def _partial_sums(self, trained: Mapping[str, nn.Parameter], shards: Group | None) -> PartialSums | None:
+        partial = tuple(parameter for name, parameter in trained.items() if self._model.is_partial(name))
+        return PartialSums(partial, shards) if partial and shards is not None else None
+
+    def _counted(self, trained: Mapping[str, nn.Parameter], tied: Mapping[str, TiedWeight]) -> frozenset[str]:
         """Return the parameters that this rank counts in the global norm, so that each counts once."""
         if self._place.replica_index > 0:
             return frozenset()
         return frozenset(
             name
-            for name in unique
+            for name in trained
             if not (name in tied and name in self._model.tied)  # a tied copy is counted where it stands first
             and (self._place.shard_index == 0 or self._is_sliced(name))
         )

@@ -8,7 +8,8 @@ while the last micro-batch's backward still runs, the buckets of finished layers
     buckets       [ bucket 0          | bucket 1            ]
 
 A weight tied across two stages is kept out of the buckets: its copies' gradients are summed by one all-reduce
-over all ranks that hold it.
+over all ranks that hold it. So are the gradients of weights that every shard of a replica holds whole and uses
+for its own heads or columns only: each shard computes a part of them.
 """
 
 from __future__ import annotations
@@ -38,6 +39,25 @@ class TiedWeight:
     contributes: bool
 
 
+@dataclass(frozen=True)
+class PartialSums:
+    """Parameters that every shard of a replica holds whole, and of whose gradients each shard has a part."""
+
+    parameters: tuple[nn.Parameter, ...]
+    shards: Group
+
+    def sum(self, action: object, clock: Clock) -> None:
+        """Sum the gradients over the shards, in one all-reduce."""
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        blocked_s = self.shards.all_reduce(flat, action)
+        clock.waited(blocked_s, self.shards.expected_s(flat.nbytes))
+        begin = 0
+        for gradient in gradients:
+            gradient.copy_(flat[begin : begin + gradient.numel()].view_as(gradient))
+            begin += gradient.numel()
+
+
 class Gradients:
     """The gradients of a stage's parameters on this rank.
 
@@ -45,6 +65,7 @@ class Gradients:
         parameters: By name, in model order.
         replicas: The group of this shard in the stage's other replicas, or None.
         tied: The weights of which other stages hold copies, by name.
+        partial: The weights of whose gradients each shard has a part, or None.
         counted: Names of the parameters that this rank counts in the global norm.
         overlap: Whether buckets start during the last backward (not where a slow link is rehearsed).
     """
@@ -54,11 +75,13 @@ class Gradients:
         parameters: Mapping[str, nn.Parameter],
         replicas: Group | None,
         tied: Mapping[str, TiedWeight],
+        partial: PartialSums | None,
         counted: frozenset[str],
         clock: Clock,
         overlap: bool,
     ) -> None:
         self._tied = tied
+        self._partial = partial
         self._replicas = replicas
         self._counted = [p for name, p in parameters.items() if name in counted]
         self._clock = clock
@@ -107,7 +130,7 @@ class Gradients:
         self._pending.append(self._replicas.begin_all_reduce(bucket.tensor))
 
     def sync(self, action: object) -> None:
-        """Sum the gradients over the stage's replicas and over the copies of tied weights."""
+        """Sum the gradients: over the stage's replicas, over copies of tied weights, partial ones over shards."""
         if self._replicas is not None and self._flat is not None:
             blocked_s = 0.0
             if self._overlap:
@@ -124,6 +147,8 @@ class Gradients:
                 gradient.zero_()
             blocked_s = weight.group.all_reduce(gradient, action)
             self._clock.waited(blocked_s, weight.group.expected_s(gradient.nbytes))
+        if self._partial is not None:
+            self._partial.sum(action, self._clock)
 
     def clip(self, max_norm: float, plan_group: Group | None, action: object) -> float:
         """Scale all gradients so that the 2-norm of the whole model's gradient is at most `max_norm`.

@@ -38,10 +38,11 @@ class DeviceSetup(Record):
 
 def build_optimizer(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Return the PyTorch optimizer of these parameters."""
-    fused = all(p.is_floating_point() for p in parameters) and bool(parameters)
+    fused = bool(parameters)
+    groups = [{"params": parameters}]  # which may be empty: a stage may be all frozen
     if settings.name == "adamw":
         return torch.optim.AdamW(
-            parameters,
+            groups,
             lr=settings.learning_rate,
             betas=settings.betas,
             eps=settings.eps,
@@ -49,7 +50,7 @@ def build_optimizer(settings: OptimizerSettings, parameters: list[nn.Parameter])
             fused=fused,
         )
     return torch.optim.SGD(
-        parameters,
+        groups,
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
