@@ -31,6 +31,7 @@ from colledge.planner.baselines.single import FASTEST, THRIFTIEST
 from colledge.planner.request import Objective
 from colledge.profiles import DeviceProfile, LayerProfile, LinkProfile, ModelProfile, PoolProfile
 from colledge.profiles.catalog import catalog_device
+from colledge.settings import LoraSettings
 
 FLOAT = 4
 
@@ -225,7 +226,9 @@ def llama_lora() -> ModelProfile:
         tie_word_embeddings=False,
     )
     return model_profile_from_config(
-        HuggingFaceCausalLM(config.to_dict()), name="Llama 1.1B, LoRA", sequence_length=512, lora_rank=16
+        HuggingFaceCausalLM(config.to_dict(), LoraSettings(rank=16)),
+        name="Llama 1.1B, LoRA",
+        sequence_length=512,
     )
 
 

@@ -47,6 +47,22 @@ class OptimizerSettings(Record):
         return 1.0 if self.momentum else 0.0
 
 
+class LoraSettings(Record):
+    """Low-rank adapters (LoRA: Hu et al., arXiv 2106.09685); in brackets PEFT's names for the same.
+
+    `rank` (r), `alpha` (lora_alpha), `dropout` (lora_dropout). `targets` (target_modules) are names of linears in the
+    blocks, or all-linear; None is PEFT's choice for the model's type. `modules_to_save` are trained whole. `blocks`
+    (layers_to_transform) are the blocks that get adapters; None is all.
+    """
+
+    rank: int = Field(default=8, ge=1, strict=True)
+    alpha: int = Field(default=16, ge=1, strict=True)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: tuple[str, ...] | Literal["all-linear"] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    blocks: tuple[int, ...] | None = Field(default=None, min_length=1)
+
+
 class Emulation(Record):
     """A slower device to rehearse: computing takes `slowdown` times as long, sends are paced and delayed."""
 

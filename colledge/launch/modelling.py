@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -13,7 +14,7 @@ from colledge.launch.run_config import PoolConfig, RunConfig
 from colledge.measure.analytic import model_profile_from_config
 from colledge.models import HuggingFaceCausalLM
 from colledge.records import Record, parse_record, write_atomically
-from colledge.settings import Precision
+from colledge.settings import LoraSettings, Precision
 
 
 class AnalyticRequest(Record):
@@ -21,8 +22,7 @@ class AnalyticRequest(Record):
 
     sequence_length: int = Field(ge=2)
     precision: Precision
-    lora_rank: int | None = Field(default=None, ge=1)
-    lora_targets: tuple[str, ...] | None = None
+    lora: LoraSettings | None = None
 
     @classmethod
     def of(
@@ -35,12 +35,13 @@ class AnalyticRequest(Record):
         """
         if lora_targets is not None and lora_rank is None:
             raise ConfigError("saw --lora-targets and no --lora-rank.", fix="give both, or neither.")
-        values = {
+        values: dict[str, Any] = {
             "sequence_length": sequence_length,
             "precision": precision,
-            "lora_rank": lora_rank,
-            "lora_targets": tuple(lora_targets.split(",")) if lora_targets is not None else None,
         }
+        if lora_rank is not None:
+            targets = lora_targets.split(",") if lora_targets is not None else None
+            values["lora"] = {"rank": lora_rank, "targets": targets}
         return parse_record(cls, values, "the command line")
 
 
@@ -52,7 +53,10 @@ def write_model_profile(model: str, request: AnalyticRequest, output: Path) -> P
     """
     folder = find_model(model)
     profile = model_profile_from_config(
-        HuggingFaceCausalLM.from_directory(folder), name=folder.name, **dict(request)
+        HuggingFaceCausalLM.from_directory(folder, request.lora),
+        name=folder.name,
+        sequence_length=request.sequence_length,
+        precision=request.precision,
     )
     path = OutputFolder(output).model_profile
     write_atomically(path, profile.to_json())

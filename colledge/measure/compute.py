@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from colledge.measure.spread import NOISY_SPREAD, spread_of
 from colledge.models import LayeredModel
-from colledge.models.layered import StageModule
 from colledge.models.losses import LOSSES, OutputShard
 from colledge.profiles import Timing
 
@@ -167,7 +166,7 @@ class StageBench:
             nn.init.normal_(parameter, std=0.02, generator=self._generator)
         if workload.device.type != "cpu":
             module.to(workload.device)
-        self._module: StageModule = module
+        self._module = module
         trained = {id(p): p for p in self.parameters.values() if p.requires_grad}
         for parameter in trained.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -196,7 +195,7 @@ class StageBench:
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the stage's output, on the last stage the loss."""
-        output = self._module(x, {})
+        output: Tensor = self._module(x, {})
         if self._loss is None:
             return output
         return self._loss.total(output, self._targets, self._shard) / self._denominator

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from colledge.errors import ModelError
-from colledge.models.layered import ModelSpec
+from colledge.models.layered import BatchRows, ModelSpec, StageModule
+from colledge.models.lora import RowDropout, attach_adapters, cut_adapters, is_adapter, plain_name
 from colledge.models.sharding import (
     ShardedBlock,
     ShardedLinear,
@@ -30,6 +31,7 @@ from colledge.models.sharding import (
     shard_block,
     shard_head,
 )
+from colledge.settings import LoraSettings
 
 _POSITION_EMBEDDINGS = ("wpe",)
 _EXACT_TYPES = frozenset(  # checked: cut into stages they give the whole model's logits, bit for bit
@@ -72,7 +74,7 @@ def use_float64_norms(model: nn.Module) -> None:
                 setattr(parent, name, _TrueRMSNorm(child))
 
 
-class _Stage(nn.Module):
+class _Stage(StageModule):
     """A trimmed causal model: `forward(x, context)` as the engine calls it."""
 
     def __init__(self, causal_lm: nn.Module, base: nn.Module, first: bool, last: bool) -> None:
@@ -81,6 +83,13 @@ class _Stage(nn.Module):
         self._forward = causal_lm if last else base
         self._input = "input_ids" if first else "inputs_embeds"
         self._output = "logits" if last else "last_hidden_state"
+
+        self._dropouts = [m for m in causal_lm.modules() if isinstance(m, RowDropout)]
+
+    def next_rows(self, rows: BatchRows | None) -> None:
+        """Say which rows of the batch the next forwards compute; None is evaluation."""
+        for dropout in self._dropouts:
+            dropout.rows = rows
 
     def forward(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         output = self._forward(**{self._input: x}, **context, use_cache=False)
@@ -93,6 +102,7 @@ class HuggingFaceCausalLM:
 
     Args:
         config: The model's configuration as plain data (`config.to_dict()`).
+        lora: Adapters to train, everything else frozen; None trains all.
 
     Raises:
         ModelError: The structure is not embeddings -> blocks -> norm -> head; the message shows what was found.
@@ -101,7 +111,7 @@ class HuggingFaceCausalLM:
     input_name = "input_ids"
     context_names = ("attention_mask",)
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], lora: LoraSettings | None = None) -> None:
         values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
         try:
             whole = AutoConfig.for_model(**values).to_dict()  # dropout would depend on the plan
@@ -110,11 +120,12 @@ class HuggingFaceCausalLM:
         except _BAD_CONFIGURATION as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"the model's configuration cannot be used ({line[:300]}).") from None
-        self.spec = ModelSpec(family="huggingface", config=values)
+        self.spec = ModelSpec(family="huggingface", config=values, lora=lora)
         self._find_structure()
+        self._find_parameters()
 
     @classmethod
-    def from_directory(cls, directory: Path) -> HuggingFaceCausalLM:
+    def from_directory(cls, directory: Path, lora: LoraSettings | None = None) -> HuggingFaceCausalLM:
         """Return the model whose configuration is in a directory that `save_pretrained` wrote.
 
         Raises:
@@ -129,7 +140,7 @@ class HuggingFaceCausalLM:
         except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
-        return cls(config.to_dict())
+        return cls(config.to_dict(), lora)
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
@@ -141,6 +152,47 @@ class HuggingFaceCausalLM:
                 line = " ".join(str(fault).split())
                 raise ModelError(f"no causal language model for this configuration ({line[:300]}).") from None
         return model
+
+    def _adapted_skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Return the model with its adapters, on the meta device."""
+        model = self._skeleton(dtype)
+        if self.spec.lora is not None:
+            attach_adapters(model, self.spec.lora)
+        return model
+
+    def _find_parameters(self) -> None:
+        """Find every parameter's whole shape and whether it trains, and the kinds of layers."""
+        found = dict(self._adapted_skeleton().named_parameters(remove_duplicate=False))
+        self._shapes = {plain_name(name): tuple(p.shape) for name, p in found.items()}
+        self._trained = frozenset(plain_name(name) for name, p in found.items() if p.requires_grad)
+        outside = [name for name in self._shapes if is_adapter(name) and not self._block_prefix(name)]
+        if outside:
+            raise ModelError(
+                f"lora.targets: {outside[0].removesuffix('.lora_A.weight')} lies outside the blocks.",
+                fix="adapt linears of the blocks; train others whole with lora.modules_to_save.",
+            )
+        for copy_name, source in self.tied.items():
+            if (copy_name in self._trained) != (source in self._trained):
+                raise ModelError(
+                    f"lora.modules_to_save trains one of {copy_name} and {source}, which are one weight.",
+                    fix="name both modules, or neither.",
+                )
+        self.layer_kinds = self._find_kinds()
+
+    def _block_prefix(self, name: str) -> bool:
+        return name.startswith(f"{self._base_name}.{self._blocks}.")
+
+    def _find_kinds(self) -> tuple[str, ...]:
+        """Return the kind of each layer: blocks that train other parameters take another time."""
+        kinds: dict[frozenset[str], str] = {}
+        found = []
+        for index, name in enumerate(self.layer_names):
+            if 0 < index < len(self.layer_names) - 1:
+                (prefix,) = self._layer_prefixes(index)
+                own = frozenset(n.removeprefix(prefix) for n in self._trained if n.startswith(prefix))
+                name = kinds.setdefault(own, "block" if not kinds else f"block.{len(kinds)}")
+            found.append(name)
+        return tuple(found)
 
     def _find_structure(self) -> None:
         model = self._skeleton()
@@ -186,9 +238,7 @@ class HuggingFaceCausalLM:
         if num_blocks < 1:
             raise ModelError(f"{type(model).__name__} has {num_blocks} blocks, wanted at least 1.")
         self.layer_names = ("embedding", *(f"block.{i}" for i in range(num_blocks)), "head")
-        self.layer_kinds = ("embedding", *("block" for _ in range(num_blocks)), "head")
         self._sharding = [find_sharding(block) for block in block_list]
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
         embedding_name = f"{base_name}.{self._embeddings[0]}.weight"
         head_name = f"{self._head}.weight"
         tied = model.get_parameter(embedding_name) is model.get_parameter(head_name)
@@ -244,24 +294,42 @@ class HuggingFaceCausalLM:
         prefixes = self._layer_prefixes(layer_index)
         return {name: shape for name, shape in self._shapes.items() if name.startswith(prefixes)}
 
+    @property
+    def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The adapters' parameters by name, and their whole shapes."""
+        return {name: shape for name, shape in self._shapes.items() if is_adapter(name)}
+
+    def trains(self, name: str) -> bool:
+        """Return whether a parameter is trained; others are frozen."""
+        return name in self._trained
+
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that a shard holds; None is all of it."""
-        prefix = f"{self._base_name}.{self._blocks}."
         if name.startswith(f"{self._head}.") and self._head_sharding is not None:
             parameter = name.rpartition(".")[2]
             return self._head_sharding.slice(parameter, self._shapes[name], units, self.shard_units)
-        if not name.startswith(prefix):
+        linear, parameter = self._sharded_parameter(name)
+        if linear is None:
             return None
-        index, _, path = name.removeprefix(prefix).partition(".")
-        for linear in self._block_sharding(int(index)).linears:
-            parameter = path.removeprefix(linear.path + ".")
-            if parameter in ("weight", "bias"):
-                return linear.slice(parameter, self._shapes[name], units, self.shard_units)
-        return None
+        return linear.slice(parameter, self._shapes[name], units, self.shard_units)
 
     def is_partial(self, name: str) -> bool:
         """Return whether shards hold this parameter whole and each computes a part of its gradient."""
-        return False
+        if self.shard_units == 1:
+            return False
+        linear, parameter = self._sharded_parameter(name)
+        return linear is not None and linear.is_partial(parameter)
+
+    def _sharded_parameter(self, name: str) -> tuple[ShardedLinear | None, str]:
+        """Return the linear of a block that shards cut and that a parameter belongs to, and the rest of its name."""
+        prefix = f"{self._base_name}.{self._blocks}."
+        if not name.startswith(prefix):
+            return None, ""
+        index, _, path = name.removeprefix(prefix).partition(".")
+        for linear in self._block_sharding(int(index)).linears:
+            if path.startswith(f"{linear.path}."):
+                return linear, path.removeprefix(f"{linear.path}.")
+        return None, ""
 
     def _block_sharding(self, block_index: int) -> ShardedBlock:
         sharding = self._sharding[block_index]
@@ -279,11 +347,11 @@ class HuggingFaceCausalLM:
         dtype: torch.dtype,
         units: tuple[int, int] | None = None,
         ops: ShardOps | None = None,
-    ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    ) -> tuple[StageModule, dict[str, nn.Parameter]]:
         """Return a stage's module on the CPU, values not set, and its parameters by their whole-model names."""
         start, stop = layers
         first, last = start == 0, stop == len(self.layer_names)
-        model = self._skeleton(dtype)
+        model = self._adapted_skeleton(dtype)
         base = model.get_submodule(self._base_name)
         begin, end = max(start - 1, 0), min(stop - 1, len(self.layer_names) - 2)
         blocks = base.get_submodule(self._blocks)
@@ -294,7 +362,9 @@ class HuggingFaceCausalLM:
         if units is not None:
             assert ops is not None
             for offset, block in enumerate(kept):
-                shard_block(block, self._block_sharding(begin + offset), units, self.shard_units, ops)
+                sharding = self._block_sharding(begin + offset)
+                shard_block(block, sharding, units, self.shard_units, ops)
+                cut_adapters(block, sharding, units, self.shard_units)
             if last and self._head_sharding is not None:
                 shard_head(model, self._head_sharding, units, self.shard_units, ops)
         if not first:
@@ -324,7 +394,7 @@ class HuggingFaceCausalLM:
             if name.startswith(prefix):
                 index, _, path = name.removeprefix(prefix).partition(".")
                 name = f"{prefix}{int(index) + begin}.{path}"
-            names[name] = parameter
+            names[plain_name(name)] = parameter
         return names
 
 
@@ -334,7 +404,8 @@ def _materialise(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in fresh:
-                fresh[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+                values = torch.empty_like(parameter, device="cpu")
+                fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             setattr(module, name, fresh[id(parameter)])
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

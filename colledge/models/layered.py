@@ -11,6 +11,7 @@ the library's state dict.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from colledge.models.sharding import ShardOps, Slice
 from colledge.records import Record
+from colledge.settings import LoraSettings
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -27,22 +29,37 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class ModelSpec(Record):
-    """All that a device needs to build its part of a model: a family and its configuration, as plain data."""
+    """All that a device needs to build its part of a model: a family, its configuration and adapters, as plain data."""
 
     family: Literal["huggingface"]
     config: dict[str, Any]
+    lora: LoraSettings | None = None
 
 
-class StageModule(Protocol):
+@dataclass(frozen=True)
+class BatchRows:
+    """Rows of a training step's batch, by their indices in it; what is random in a forward depends on nothing else."""
+
+    seed: int
+    step: int
+    indices: range
+
+
+class StageModule(nn.Module):
     """The layers of one stage, as one module."""
 
-    def __call__(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Return the stage's output.
 
         Args:
             x: What the stage takes, rows first: the model's own input for the first stage, else activations.
             context: What every stage needs besides (`LayeredModel.context_names`), rows first.
         """
+        raise NotImplementedError
+
+    def next_rows(self, rows: BatchRows | None) -> None:
+        """Say which rows of the batch the next calls compute; None is evaluation, in which nothing is random."""
+        raise NotImplementedError
 
 
 class LayeredModel(Protocol):
@@ -82,6 +99,9 @@ class LayeredModel(Protocol):
     def boundary_shape(self, input_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of one row of activations for one row of the model's input."""
 
+    def trains(self, name: str) -> bool:
+        """Return whether a parameter is trained; others are frozen."""
+
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that the shard with these units holds; None is all of it."""
 
@@ -104,7 +124,7 @@ class LayeredModel(Protocol):
         dtype: torch.dtype,
         units: tuple[int, int] | None = None,
         ops: ShardOps | None = None,
-    ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    ) -> tuple[StageModule, dict[str, nn.Parameter]]:
         """Return a stage's module and its parameters by their names in the whole model, values not yet set.
 
         Args:

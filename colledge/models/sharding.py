@@ -8,7 +8,7 @@ unequal.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -69,20 +69,31 @@ class ShardedLinear:
     def slice(
         self, parameter: str, shape: tuple[int, ...], units: tuple[int, int], num_units: int
     ) -> Slice | None:
-        """Return the slice of `weight` or `bias`; None for what every shard holds whole.
+        """Return the slice of one of the linear's parameters; None for what every shard holds whole.
 
         Args:
-            parameter: "weight" or "bias".
+            parameter: "weight", "bias", "lora_A.weight" (rank, inputs) or "lora_B.weight" (outputs, rank).
             shape: The whole parameter's shape.
             units: The shard's half-open range of units.
             num_units: The units in all.
         """
-        if parameter == "bias" and not self.column:
+        if parameter not in ("weight", "bias", self._cut_factor) or (parameter == "bias" and not self.column):
             return None
+        if parameter == self._cut_factor:
+            return replace(self, transposed=False).slice("weight", shape, units, num_units)
         dim = 0 if parameter == "bias" else (int(self.column) if self.transposed else 1 - int(self.column))
         part = shape[dim] // self.parts
         a, b = unit_range(part, units, num_units)
         return Slice(dim, tuple((p * part + a, p * part + b) for p in range(self.parts)))
+
+    @property
+    def _cut_factor(self) -> str:
+        """The factor of an adapter that is cut with the linear: that on the side that is cut."""
+        return "lora_B.weight" if self.column else "lora_A.weight"
+
+    def is_partial(self, parameter: str) -> bool:
+        """Return whether shards hold this whole and each computes a part of its gradient: an adapter's other factor."""
+        return parameter in ("lora_A.weight", "lora_B.weight") and parameter != self._cut_factor
 
 
 @dataclass(frozen=True)
@@ -132,21 +143,16 @@ def find_sharding(block: nn.Module) -> ShardedBlock | None:
 
 
 class _ParallelLinear(nn.Module):
-    """A linear of which this shard holds a part; a row-parallel one sums over the shards and adds its bias once."""
+    """A linear of which this shard holds a part; of a row-parallel one a hook makes the sum and adds the bias once."""
 
-    def __init__(self, linear: ShardedLinear, weight: Tensor, bias: Tensor | None, ops: ShardOps) -> None:
+    def __init__(self, linear: ShardedLinear, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.weight, self.bias = weight, bias
         self._linear = linear
-        self._ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self._linear.transposed else self.weight
-        if self._linear.column:
-            return F.linear(x, weight, self.bias)
-        y = self._ops.leave(F.linear(x, weight))
-        return y if self.bias is None else y + self.bias
+        return F.linear(x, weight, self.bias if self._linear.column else None)
 
 
 def shard_block(
@@ -181,16 +187,26 @@ def shard_head(
 def _cut_linear(
     module: nn.Module, linear: ShardedLinear, units: tuple[int, int], num_units: int, ops: ShardOps
 ) -> _ParallelLinear:
-    whole = module.get_submodule(linear.path)
-    parts: dict[str, Tensor | None] = {}
+    outer = module.get_submodule(linear.path)
+    whole = getattr(outer, "base_layer", outer)  # where an adapter stands beside it
+    parts: dict[str, nn.Parameter | None] = {}
     for name in ("weight", "bias"):
-        tensor = getattr(whole, name, None)
-        part = None if tensor is None else linear.slice(name, tuple(tensor.shape), units, num_units)
-        parts[name] = tensor if tensor is None or part is None else part.take(tensor.detach())
+        parameter = getattr(whole, name, None)
+        if parameter is not None:
+            part = linear.slice(name, tuple(parameter.shape), units, num_units)
+            tensor = parameter.detach() if part is None else part.take(parameter.detach())
+            parameter = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+        parts[name] = parameter
     assert parts["weight"] is not None
-    cut = _ParallelLinear(linear, parts["weight"], parts["bias"], ops)
-    parent, _, name = linear.path.rpartition(".")
-    setattr(module.get_submodule(parent), name, cut)
+    cut = _ParallelLinear(linear, parts["weight"], parts["bias"])
+    if outer is whole:
+        parent, _, name = linear.path.rpartition(".")
+        setattr(module.get_submodule(parent), name, cut)
+        outer = cut
+    else:
+        outer.base_layer = cut
+    if not linear.column:
+        outer.register_forward_hook(_leave(ops, cut))
     return cut
 
 
@@ -198,6 +214,20 @@ class _EnterHook(Protocol):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]: ...
+
+
+class _LeaveHook(Protocol):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor: ...
+
+
+def _leave(ops: ShardOps, linear: _ParallelLinear) -> _LeaveHook:
+    """Return a hook that passes a row-parallel linear's output, its adapter's part included, through g."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        y = ops.leave(output)
+        return y if linear.bias is None else y + linear.bias
+
+    return hook
 
 
 def _enter(ops: ShardOps) -> _EnterHook:

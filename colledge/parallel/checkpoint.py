@@ -88,7 +88,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
                 fix="delete this checkpoint to go on from the one before.",
             ) from None
         shapes = engine.model.layer_parameters(index)
-        missing = [key for key in shapes if key not in values and key not in engine.model.tied]
+        wanted = [key for key in shapes if engine.model.trains(key) and key not in engine.model.tied]
+        missing = [key for key in wanted if key not in values]
         if missing:
             raise ConfigError(
                 f"{path}: holds no {missing[0]!r}, which this model has.",

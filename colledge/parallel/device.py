@@ -26,7 +26,7 @@ from colledge.parallel.executor import Executor
 from colledge.parallel.gradients import Gradients, PartialSums, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
 from colledge.parallel.setup import DeviceSetup, build_optimizer
-from colledge.parallel.stage import StageRunner
+from colledge.parallel.stage import MicrobatchRows, StageRunner
 from colledge.parallel.tensor import ShardGroupOps
 from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
 from colledge.parallel.world import World
@@ -164,6 +164,7 @@ class _Part:
             LOSSES[setup.loss] if is_last else None,
             plan.recomputes(place.stage_index),
             self._output_shard,
+            MicrobatchRows(setup.seed, *stage.row_ranges[place.replica_index], plan.microbatch_size),
         )
         self._reports_loss = is_last and place.shard_index == 0
         tied = self._tied_weights(tied_group)
@@ -262,6 +263,8 @@ class _Part:
         for name, parameter in self._layer(message.fields["layer"]).items():
             if message.fields["sliced_only"] and not self._is_sliced(name):
                 continue
+            if message.fields["trained_only"] and not parameter.requires_grad:
+                continue
             tensors[name] = parameter.detach()
             if message.fields["optimizer"]:
                 for key, value in self._optimizer.state.get(parameter, {}).items():
@@ -273,7 +276,7 @@ class _Part:
         """Run one step and its update; answer with the loss's share and this device's seconds."""
         fields = message.fields
         self._clock.reset()
-        self._runner.begin_step(fields["denominator"])
+        self._runner.begin_step(fields["denominator"], fields["step"])
         x, context, targets = self._rows(message)
         step = fields["step"]
         self._executor.train(step, x, context, targets, tuple(fields["boundary"]))

@@ -57,6 +57,7 @@ class EngineSettings:
     optimizer: OptimizerSettings
     loss: str = "causal_lm"
     precision: Precision = "float32"
+    seed: int = 0
     accelerators: Mapping[str, str] | None = None
     threads: Mapping[str, int] | None = None
     emulations: Mapping[str, Emulation] | None = None
@@ -117,6 +118,7 @@ class Engine:
                 precision=settings.precision,
                 loss=settings.loss,
                 optimizer=settings.optimizer,
+                seed=settings.seed,
                 accelerator=(settings.accelerators or {}).get(device, "cpu"),
                 threads=(settings.threads or {}).get(device),
                 timeout_s=self._wire.timeout_s,
@@ -287,13 +289,17 @@ class Engine:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def state_dict(self, layer_names: tuple[str, ...] | None = None) -> State:
-        """Return the trained values: layer name -> parameter name -> whole tensor. A tied weight comes once."""
-        return {name: self._read_layer(name, False) for name in layer_names or self.model.layer_names}
+    def state_dict(self, trained_only: bool = False) -> State:
+        """Return the values: layer name -> parameter name -> whole tensor. A tied weight comes once.
+
+        Args:
+            trained_only: Leave frozen parameters out.
+        """
+        return {name: self._read_layer(name, False, trained_only) for name in self.model.layer_names}
 
     def checkpoint_layer(self, layer_name: str) -> dict[str, Tensor]:
-        """Return a layer's values and optimizer state (`parameter@key`), whole tensors."""
-        return self._read_layer(layer_name, True)
+        """Return the values and optimizer state (`parameter@key`) of what a layer trains, whole tensors."""
+        return self._read_layer(layer_name, True, True)
 
     def restore_layer(self, layer_name: str, values: Mapping[str, Tensor], step: int) -> None:
         """Give a layer the values and optimizer state that `checkpoint_layer` returned after `step` steps.
@@ -317,7 +323,7 @@ class Engine:
                 return name
         raise KeyError(parameter)
 
-    def _read_layer(self, name: str, optimizer: bool) -> dict[str, Tensor]:
+    def _read_layer(self, name: str, optimizer: bool, trained_only: bool) -> dict[str, Tensor]:
         """Gather a layer from the first replica of its stage; slices are put together to whole tensors."""
         holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0]
         messages = {
@@ -326,6 +332,7 @@ class Engine:
                     "command": "read_layer",
                     "layer": name,
                     "optimizer": optimizer,
+                    "trained_only": trained_only,
                     "sliced_only": place.shard_index > 0,
                 }
             )

@@ -29,6 +29,7 @@ class DeviceSetup(Record):
     precision: Precision
     loss: str
     optimizer: OptimizerSettings
+    seed: int = 0
     accelerator: str = "cpu"
     threads: int | None = None
     timeout_s: float = Field(gt=0)

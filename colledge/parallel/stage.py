@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from colledge.models.layered import StageModule
+from colledge.models.layered import BatchRows, StageModule
 from colledge.models.losses import Loss, OutputShard
 
 
@@ -20,7 +20,23 @@ class _Saved:
     x: Tensor
     context: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
+    rows: BatchRows | None
     end: Tensor | GradientEdge | None
+
+
+@dataclass(frozen=True)
+class MicrobatchRows:
+    """Rows [start, stop) of every micro-batch of `size` rows, in a run with a seed."""
+
+    seed: int
+    start: int
+    stop: int
+    size: int
+
+    def of(self, step: int, microbatch: int) -> BatchRows:
+        """Return a micro-batch's rows by their indices in the batch."""
+        first = microbatch * self.size
+        return BatchRows(self.seed, step, range(first + self.start, first + self.stop))
 
 
 class StageRunner:
@@ -31,22 +47,31 @@ class StageRunner:
         loss: On the last stage, the loss; None elsewhere.
         shard: On the last stage, which columns of the model's output this rank computes; None for all.
         recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
+        rows: Which rows of a micro-batch this rank computes; by default those it is given.
     """
 
     def __init__(
-        self, module: nn.Module, loss: Loss | None, recompute: bool, shard: OutputShard | None
+        self,
+        module: StageModule,
+        loss: Loss | None,
+        recompute: bool,
+        shard: OutputShard | None,
+        rows: MicrobatchRows | None = None,
     ) -> None:
-        self._module: StageModule = module
+        self._module = module
         self._loss = loss
         self._shard = shard
         self._recompute = recompute
+        self._rows = rows
+        self._step = 0
         self._saved: dict[int, _Saved] = {}
         self._denominator = 1
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
-    def begin_step(self, denominator: int) -> None:
+    def begin_step(self, denominator: int, step: int = 1) -> None:
         """Begin a step whose loss is divided by `denominator`, the targets in the whole batch."""
         self._saved.clear()
+        self._step = step
         self._denominator = max(denominator, 1)
         self.loss_sum = torch.zeros((), dtype=torch.float64)
 
@@ -54,7 +79,8 @@ class StageRunner:
         self, microbatch: int, x: Tensor, context: Mapping[str, Tensor], targets: Mapping[str, Tensor]
     ) -> Tensor:
         """Compute a micro-batch's rows and keep what its backward needs; return the output or the loss."""
-        saved = _Saved(x, context, targets, None)
+        rows = None if self._rows is None else self._rows.of(self._step, microbatch)
+        saved = _Saved(x, context, targets, rows, None)
         self._saved[microbatch] = saved
         if self._recompute:
             with torch.no_grad():
@@ -76,17 +102,20 @@ class StageRunner:
             gradient: Of the stage's output; None on the last stage, whose output is the loss.
         """
         saved = self._saved.pop(microbatch)
-        if saved.end is None:
+        if self._recompute:
             if saved.x.is_floating_point():
                 saved.x.requires_grad_()
             saved.end = self._end(self._compute(saved))
-        torch.autograd.backward(saved.end, gradient)
+        if saved.end is not None:
+            torch.autograd.backward(saved.end, gradient)
         return saved.x.grad
 
     def infer(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Compute rows without a backward; return the stage's output (on the last stage the model's)."""
+        self._module.next_rows(None)
         with torch.no_grad():
-            return self._module(x, context)
+            output: Tensor = self._module(x, context)
+        return output
 
     def total_loss(self, output: Tensor, targets: Mapping[str, Tensor]) -> float:
         """Return the loss summed over the targets of some outputs of the last stage."""
@@ -94,12 +123,18 @@ class StageRunner:
         with torch.no_grad():
             return float(self._loss.total(output, targets, self._shard))
 
-    def _end(self, output: Tensor) -> Tensor | GradientEdge:
-        """Return what a backward begins at: the loss itself, elsewhere an edge that does not hold the output."""
+    def _end(self, output: Tensor) -> Tensor | GradientEdge | None:
+        """Return what a backward begins at: the loss itself, elsewhere an edge that does not hold the output.
+
+        None where all up to here is frozen.
+        """
+        if not output.requires_grad:
+            return None
         return output if self._loss is not None else get_gradient_edge(output)
 
     def _compute(self, saved: _Saved) -> Tensor:
-        output = self._module(saved.x, saved.context)
+        self._module.next_rows(saved.rows)
+        output: Tensor = self._module(saved.x, saved.context)
         if self._loss is None:
             return output
         return self._loss.total(output, saved.targets, self._shard) / self._denominator

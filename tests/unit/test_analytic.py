@@ -19,7 +19,7 @@ from colledge.models.layered import DTYPES
 from colledge.models.losses import LOSSES
 from colledge.parallel.stage import StageRunner
 from colledge.profiles import ModelProfile
-from colledge.settings import Precision
+from colledge.settings import LoraSettings, Precision
 
 SEQUENCE, HIDDEN, INNER, VOCABULARY, KV_SIZE, RANK = 32, 64, 96, 256, 32, 4
 FLOAT = 4
@@ -46,13 +46,15 @@ class NoUpdate:
         pass
 
 
-def structure(config: PreTrainedConfig) -> HuggingFaceCausalLM:
-    return HuggingFaceCausalLM(config.to_dict())
+def structure(config: PreTrainedConfig, lora: LoraSettings | None = None) -> HuggingFaceCausalLM:
+    return HuggingFaceCausalLM(config.to_dict(), lora)
 
 
-def analytic(config: PreTrainedConfig, precision: Precision = "float32", **lora: object) -> ModelProfile:
+def analytic(
+    config: PreTrainedConfig, precision: Precision = "float32", lora: LoraSettings | None = None
+) -> ModelProfile:
     return model_profile_from_config(
-        structure(config), name="m", sequence_length=SEQUENCE, precision=precision, **lora
+        structure(config, lora), name="m", sequence_length=SEQUENCE, precision=precision
     )
 
 
@@ -127,7 +129,7 @@ def test_the_engine_keeps_what_the_profile_says(config: PreTrainedConfig, recomp
 
 
 def test_adapters_alone_train() -> None:
-    full, adapted = analytic(LLAMA).layers, analytic(LLAMA, lora_rank=RANK).layers
+    full, adapted = analytic(LLAMA).layers, analytic(LLAMA, lora=LoraSettings(rank=RANK)).layers
     adapters = RANK * (HIDDEN + HIDDEN) + RANK * (HIDDEN + KV_SIZE)
     assert [layer.trainable_parameter_bytes for layer in adapted] == [0, *[adapters * FLOAT] * 3, 0]
     for one, other in zip(full, adapted, strict=True):
@@ -151,9 +153,9 @@ def test_adapters_alone_train() -> None:
 
 
 def test_adapters_stand_beside_what_is_named() -> None:
-    (_, block, *_) = analytic(LLAMA, lora_rank=RANK, lora_targets=["down_proj"]).layers
+    (_, block, *_) = analytic(LLAMA, lora=LoraSettings(rank=RANK, targets=("down_proj",))).layers
     assert block.trainable_parameter_bytes == RANK * (INNER + HIDDEN) * FLOAT
-    (_, block, *_) = analytic(GPT2, lora_rank=RANK).layers
+    (_, block, *_) = analytic(GPT2, lora=LoraSettings(rank=RANK)).layers
     assert block.trainable_parameter_bytes == RANK * (HIDDEN + 3 * HIDDEN) * FLOAT
 
 
@@ -180,7 +182,7 @@ def test_the_command_writes_a_profile_from_config_json(
     assert code == 0
     profile = ModelProfile.model_validate(json.loads((tmp_path / "out" / "model-profile.json").read_text()))
     assert (profile.name, profile.sequence_length) == ("small", 32)
-    assert profile.layers == analytic(LLAMA, lora_rank=4).layers
+    assert profile.layers == analytic(LLAMA, lora=LoraSettings(rank=4)).layers
 
 
 @pytest.mark.parametrize(
