@@ -12,6 +12,7 @@ from colledge.data import rows_for_step
 from colledge.errors import ColledgeError
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, OutputFolder
+from colledge.launch.learning_rate import learning_rates
 from colledge.launch.saved_model import save_model
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
@@ -66,11 +67,13 @@ class Training:
             self._resume()
         else:
             self._folder.metrics.unlink(missing_ok=True)
+        rates = learning_rates(run.optimizer, run.steps)
         while engine.step < run.steps and not stop.asked:
             rows = self._data.train
             indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
-            record = engine.train_step(rows.batch(indices))
-            line = self._write(record)
+            rate = rates[engine.step]
+            record = engine.train_step(rows.batch(indices), rate)
+            line = self._write(record, rate)
             if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step < run.steps:
                 save_checkpoint(engine, self._job.output, run.seed)
             if not stop.asked:
@@ -92,14 +95,14 @@ class Training:
         state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
         print(f"resumed from {checkpoint.name}: going on at step {state.step + 1}", flush=True)
 
-    def _write(self, record: StepRecord) -> StepMetrics:
+    def _write(self, record: StepRecord, learning_rate: float) -> StepMetrics:
         if not math.isfinite(record.loss) or not math.isfinite(record.gradient_norm or 0.0):
             raise ColledgeError(
                 f"the loss is {record.loss} and the gradient's norm {record.gradient_norm} at step {record.step}: "
                 "training diverged.",
                 fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
             )
-        line = step_metrics(record, self._modes)
+        line = step_metrics(record, self._modes, learning_rate)
         append_metrics(self._folder.metrics, line)
         now_s = time.monotonic()
         if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
@@ -132,12 +135,13 @@ class Training:
         )
 
 
-def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode]) -> StepMetrics:
+def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode], learning_rate: float) -> StepMetrics:
     """Return a step's line of metrics.jsonl; the joules are modelled from each device's watts.
 
     Args:
         record: What the engine measured.
         modes: The power mode of every device of the pool; one that took no part in the step idled.
+        learning_rate: Of the step.
     """
     devices = {}
     for id, mode in modes.items():
@@ -158,6 +162,7 @@ def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode]) -> StepMetr
         step_s=record.step_s,
         tokens=record.num_targets,
         energy_joules=sum(figures.energy_joules for figures in devices.values()),
+        learning_rate=learning_rate,
         gradient_norm=record.gradient_norm,
         devices=devices,
     )
