@@ -25,7 +25,7 @@ from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
 from colledge.parallel.gradients import Gradients, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
-from colledge.parallel.setup import DeviceSetup, build_optimizer
+from colledge.parallel.setup import DeviceSetup, build_optimizer, undecayed
 from colledge.parallel.stage import StageRunner
 from colledge.parallel.tensor import ShardGroupOps
 from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
@@ -171,7 +171,7 @@ class _Part:
         self._gradients = Gradients(
             unique, replicas, tied, self._counted(unique, tied), self._clock, overlap=not setup.emulations
         )
-        self._optimizer = build_optimizer(setup.optimizer, list(unique.values()))
+        self._optimizer = build_optimizer(setup.optimizer, list(unique.values()), undecayed(unique, module))
         self._executor = Executor(
             plan,
             place,
