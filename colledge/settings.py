@@ -13,6 +13,8 @@ from colledge.units import BytesPerSecond, Seconds
 Precision = Literal["float64", "float32", "bfloat16"]
 WirePrecision = Literal["bfloat16"]  # of what travels between pipeline stages; None: as computed
 
+Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate; the last two fall to 0
+
 LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 
 ITEM_BYTES: Mapping[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -21,12 +23,15 @@ ITEM_BYTES: Mapping[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2
 class OptimizerSettings(Record):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) or SGD, as torch.optim names their settings.
 
-    `gradient_clipping` bounds the 2-norm of all gradients of the model together. `betas` and `eps` are read by
-    adamw, `momentum` by sgd.
+    `schedule` says what becomes of the learning rate, after it rose from 0 over `warmup_steps`. Weight decay leaves
+    biases and norms alone. `gradient_clipping` bounds the 2-norm of all gradients of the model together. `betas` and
+    `eps` are read by adamw, `momentum` by sgd.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=5e-5, gt=0)
+    schedule: Schedule = "constant"
+    warmup_steps: int = Field(default=0, ge=0, strict=True)
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)

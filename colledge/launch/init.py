@@ -21,6 +21,7 @@ data:
 method: full                  # train every parameter
 batch: {global_size: 16}      # rows in a step, over all devices
 optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
+  # schedule: cosine, warmup_steps: 20: the rate rises, then falls to 0 (linear | cosine; constant stays)
 steps: 200
 precision: float32            # float64 | float32 | bfloat16
 # wire_precision: bfloat16    # of messages between stages: they shrink, and training is no longer exact

@@ -102,6 +102,10 @@ class RunConfig(Record):
         if validates != (self.evaluate_every is not None):
             missing = "evaluate_every" if validates else "data.validation (or data.validation_split)"
             raise ValueError(f"evaluate_every and validation data go together; {missing} is missing")
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, the run has {self.steps} steps"
+            )
         return self
 
     @property

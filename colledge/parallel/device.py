@@ -25,7 +25,7 @@ from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
 from colledge.parallel.gradients import Gradients, PartialSums, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
-from colledge.parallel.setup import DeviceSetup, build_optimizer
+from colledge.parallel.setup import DeviceSetup, build_optimizer, undecayed
 from colledge.parallel.stage import MicrobatchRows, StageRunner
 from colledge.parallel.tensor import ShardGroupOps
 from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
@@ -178,7 +178,7 @@ class _Part:
             self._clock,
             overlap=not setup.emulations,
         )
-        self._optimizer = build_optimizer(setup.optimizer, list(trained.values()))
+        self._optimizer = build_optimizer(setup.optimizer, list(trained.values()), undecayed(trained, module))
         self._executor = Executor(
             plan,
             place,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence, Set
+
 import torch
 from pydantic import Field
 from torch import nn
@@ -37,23 +40,33 @@ class DeviceSetup(Record):
     routes: dict[str, RouteEstimate] = Field(default_factory=dict)
 
 
-def build_optimizer(settings: OptimizerSettings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the PyTorch optimizer of these parameters."""
-    fused = bool(parameters)
-    groups = [{"params": parameters}]  # which may be empty: a stage may be all frozen
+# What `transformers.Trainer.get_decay_parameter_names` looks for in names.
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def undecayed(parameters: Mapping[str, nn.Parameter], module: nn.Module) -> frozenset[nn.Parameter]:
+    """Return the parameters that weight decay leaves alone, those of Hugging Face's Trainer: biases and norms.
+
+    Args:
+        parameters: By their names in the whole model, so that the answer does not depend on the plan.
+        module: That holds them.
+    """
+    norms = {p for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
+    return frozenset(p for name, p in parameters.items() if p in norms or _UNDECAYED.search(name.lower()))
+
+
+def build_optimizer(
+    settings: OptimizerSettings,
+    parameters: Sequence[nn.Parameter],
+    without_decay: Set[nn.Parameter] = frozenset(),
+) -> torch.optim.Optimizer:
+    """Return the PyTorch optimizer of these parameters; some can be left out of weight decay."""
+    groups = [
+        {"params": [p for p in parameters if p not in without_decay], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p in without_decay], "weight_decay": 0.0},
+    ]
     if settings.name == "adamw":
         return torch.optim.AdamW(
-            groups,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            fused=fused,
+            groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True
         )
-    return torch.optim.SGD(
-        groups,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        fused=fused,
-    )
+    return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum, fused=True)

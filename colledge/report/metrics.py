@@ -28,6 +28,7 @@ class StepMetrics(Record):
     step_s: float = Field(ge=0)
     tokens: int = Field(ge=0)
     energy_joules: float = Field(ge=0)
+    learning_rate: float | None = Field(default=None, ge=0)
     gradient_norm: float | None = Field(default=None, ge=0)
     validation_loss: float | None = None
     validation_s: float | None = Field(default=None, ge=0)

@@ -13,14 +13,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Trainer
 
 from colledge.data.batch import Batch
 from colledge.models import HuggingFaceCausalLM
@@ -179,18 +179,17 @@ def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
     if case.precision == "float64":
         use_float64_norms(model)
     chosen = _optimizer(case)
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in model.named_parameters() if (name in decaying) == decays]}
+        for decays in (True, False)
+    ]
+    groups[0]["weight_decay"], groups[1]["weight_decay"] = chosen.weight_decay, 0.0
     optimizer: torch.optim.Optimizer
     if chosen.name == "adamw":
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=chosen.learning_rate, weight_decay=chosen.weight_decay, eps=chosen.eps
-        )
+        optimizer = torch.optim.AdamW(groups, lr=chosen.learning_rate, eps=chosen.eps)
     else:
-        optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=chosen.learning_rate,
-            momentum=chosen.momentum,
-            weight_decay=chosen.weight_decay,
-        )
+        optimizer = torch.optim.SGD(groups, lr=chosen.learning_rate, momentum=chosen.momentum)
     losses, norms = [], []
     for index in range(NUM_STEPS):
         batch = make_batch(case, index)

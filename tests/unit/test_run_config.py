@@ -16,6 +16,7 @@ data: {train: corpus.jsonl, sequence_length: 128}
 method: full
 batch: {global_size: 16}
 optimizer: {name: adamw, learning_rate: 1e-3, weight_decay: 0.1, betas: [0.9, 0.95], eps: 1e-8,
+            schedule: cosine, warmup_steps: 20,
             momentum: 0.0, gradient_clipping: 1.0}
 steps: 200
 precision: float32
@@ -132,6 +133,8 @@ def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
         ("optimizer.betas=[0.9, 1.0]", ["betas", "[0.9, 1.0]"]),
         ("optimizer.learning_rate=-1", ["learning_rate", "greater than 0", "-1"]),
         ("optimizer.learning_rate=.inf", ["learning_rate", "finite"]),
+        ("optimizer.schedule=polynomial", ["schedule", "'cosine'", "polynomial"]),
+        ("optimizer.warmup_steps=101", ["warmup_steps is 101", "100 steps"]),
         ("method=lora", ["method", "'full'", "'lora'"]),
         ("schema=colledge/run/2", ["schema", "colledge/run/1", "colledge/run/2"]),
     ],

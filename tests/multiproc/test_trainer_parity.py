@@ -1,0 +1,154 @@
+"""A hybrid plan gives the loss curve of Hugging Face's Trainer: the same data, schedule, decay and clipping."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
+
+from colledge.data import Rows, rows_for_step
+from colledge.launch.learning_rate import learning_rates
+from colledge.models import HuggingFaceCausalLM
+from colledge.parallel import Engine, EngineSettings, OptimizerSettings
+from colledge.plan import Plan
+from tests.multiproc.workers import Workers
+
+NUM_STEPS, BATCH_SIZE, SEQUENCE, SEED = 50, 8, 12, 3
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=46,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    num_hidden_layers=3,
+    max_position_embeddings=32,
+    tie_word_embeddings=False,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+OPTIMIZER = OptimizerSettings(
+    learning_rate=1e-2, schedule="cosine", warmup_steps=5, weight_decay=0.1, gradient_clipping=0.5
+)
+PLAN = Plan.model_validate(
+    {
+        "schema": "colledge/plan/1",
+        "num_layers": 5,
+        "global_batch_size": BATCH_SIZE,
+        "microbatch_size": 4,
+        "stages": [
+            {
+                "layers": [0, 2],
+                "replicas": [
+                    {
+                        "samples": 4,
+                        "shards": [{"device": "d0", "fraction": 0.75}, {"device": "d1", "fraction": 0.25}],
+                    }
+                ],
+            },
+            {
+                "layers": [2, 5],
+                "replicas": [
+                    {"samples": 3, "shards": [{"device": "d2", "fraction": 1.0}]},
+                    {"samples": 1, "shards": [{"device": "d3", "fraction": 1.0}]},
+                ],
+            },
+        ],
+    }
+)
+
+
+def rows() -> Rows:
+    """Thirty rows of counting, of unequal lengths, whose first tokens are often not learnt."""
+    generator = torch.Generator().manual_seed(0)
+    begin = torch.randint(3, 40, (30, 1), generator=generator)
+    stride = torch.randint(1, 3, (30, 1), generator=generator)
+    lengths = torch.randint(6, SEQUENCE + 1, (30,), generator=generator)
+    prompts = torch.randint(0, 5, (30, 1), generator=generator)
+    positions = torch.arange(SEQUENCE)
+    ids = ((begin + positions * stride) % 58 + 3).masked_fill(positions >= lengths[:, None], 0)
+    return Rows(ids, lengths, positions >= prompts)
+
+
+def start_model() -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def trainer_losses(data: Rows, folder: str) -> list[float]:
+    """Train with Trainer, each step in two accumulated halves, on colledge's order of rows."""
+    order = torch.cat([rows_for_step(data.num_rows, BATCH_SIZE, SEED, step) for step in range(NUM_STEPS)])
+    batch = data.batch(order)
+    columns: dict[str, Tensor] = {**batch.inputs, **batch.targets}
+    arguments = TrainingArguments(
+        output_dir=folder,
+        max_steps=NUM_STEPS,
+        per_device_train_batch_size=BATCH_SIZE // 2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        optim="adamw_torch",
+        learning_rate=OPTIMIZER.learning_rate,
+        lr_scheduler_type=OPTIMIZER.schedule,
+        warmup_steps=OPTIMIZER.warmup_steps,
+        weight_decay=OPTIMIZER.weight_decay,
+        adam_beta1=OPTIMIZER.betas[0],
+        adam_beta2=OPTIMIZER.betas[1],
+        adam_epsilon=OPTIMIZER.eps,
+        max_grad_norm=OPTIMIZER.gradient_clipping or 0.0,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    dataset: Any = [{name: column[row] for name, column in columns.items()} for row in range(len(order))]
+    trainer = Trainer(model=start_model(), args=arguments, train_dataset=dataset)
+    trainer.train()
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def colledge_losses(data: Rows, workers: Workers) -> list[float]:
+    weights = {name: p.detach() for name, p in start_model().named_parameters()}
+    model = HuggingFaceCausalLM(CONFIG.to_dict())
+    engine = Engine(PLAN, model, weights, EngineSettings(OPTIMIZER), workers.ranks, workers.wire)
+    losses = []
+    for rate in learning_rates(OPTIMIZER, NUM_STEPS):
+        indices = rows_for_step(data.num_rows, BATCH_SIZE, SEED, engine.step)
+        losses.append(engine.train_step(data.batch(indices), rate).loss)
+    engine.close()
+    return losses
+
+
+def test_a_hybrid_plan_gives_the_loss_curve_of_trainer(workers: Workers, tmp_path: Path) -> None:
+    world = {
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    }  # in it Trainer would look for peers of its own
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.multiproc.test_trainer_parity", str(tmp_path)],
+        env={name: value for name, value in os.environ.items() if name not in world},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    theirs = json.loads(finished.stdout.splitlines()[-1])
+    assert len(theirs) == NUM_STEPS
+    assert theirs[-1] < 0.5 * theirs[0]
+    assert colledge_losses(rows(), workers) == pytest.approx(theirs, rel=0, abs=1e-4)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(trainer_losses(rows(), sys.argv[1])))
