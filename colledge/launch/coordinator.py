@@ -38,7 +38,7 @@ def run_job(job: Job, world: World, stop: StopRequest) -> None:
             fix="start exactly the lines that --print-commands prints.",
         )
     ranks = {device: rank for rank, device in enumerate(job.devices, start=1)}
-    model = HuggingFaceCausalLM.from_directory(job.model)
+    model = HuggingFaceCausalLM.from_directory(job.model, job.run.adapters)
     if job.kind == "profile":
         _profile(job, world, ranks, model)
     else:

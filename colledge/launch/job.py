@@ -5,7 +5,8 @@ out/
   pool-profile.json  model-profile.json      measured
   plan.json  planning.json                   decided; why
   plan.html  plan.md                         the same for people
-  metrics.jsonl  checkpoint-<step>/  model/  happened
+  metrics.jsonl  checkpoint-<step>/          happened
+  model/  or adapter/                        trained: for transformers, or for PEFT
   report.json  report.html                   compared
   logs/<device>.log  error.json              what went wrong
 """
@@ -140,6 +141,11 @@ class OutputFolder:
     def model(self) -> Path:
         """The trained model, a Hugging Face folder."""
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, a PEFT folder."""
+        return self.path / "adapter"
 
     @property
     def report_json(self) -> Path:

@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from rich.console import Console
@@ -33,6 +34,7 @@ from colledge.report.charts import Bar, timeline_bars
 from colledge.report.html import render
 from colledge.report.tables import comparison_table
 from colledge.schedule import simulate
+from colledge.settings import ITEM_BYTES
 from colledge.units import format_seconds
 
 
@@ -71,7 +73,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
             fix="list real devices in pool.yaml.",
         )
     folder = find_model(run.model)
-    model = HuggingFaceCausalLM.from_directory(folder)
+    model = HuggingFaceCausalLM.from_directory(folder, run.adapters)
     notes: tuple[str, ...] = ()
     if with_data:
         SafetensorsDirectory(folder)
@@ -171,7 +173,7 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
 
 
 def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
-    """Return the profiles in a run's folder, or None where there are none for its pool, model, rows and precision."""
+    """Return the profiles in a run's folder; None where they are of another pool, model, method, precision or rows."""
     profiles = planning.read_profiles(inputs.folder)
     if profiles is None:
         return None
@@ -181,8 +183,18 @@ def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
         and tuple(layer.name for layer in model.layers) == inputs.model.layer_names
         and model.sequence_length == inputs.run.data.sequence_length
         and model.precision in (None, inputs.run.precision)
+        and _trained_bytes(inputs) == [layer.trainable_parameter_bytes for layer in model.layers]
     )
     return profiles if same else None
+
+
+def _trained_bytes(inputs: Inputs) -> list[int]:
+    """Return the bytes of what each layer trains."""
+    model, item_bytes = inputs.model, ITEM_BYTES[inputs.run.precision]
+    return [
+        item_bytes * sum(prod(s) for n, s in model.layer_parameters(index).items() if model.trains(n))
+        for index in range(len(model.layer_names))
+    ]
 
 
 def check_plan(chosen: Plan, inputs: Inputs) -> None:
@@ -245,7 +257,8 @@ def train(inputs: Inputs, chosen: Chosen, console: Console, resume: bool = False
     console.print(f"training {inputs.run.steps} steps under {chosen.plan.describe()}", highlight=False)
     with TrainingProgress(folder, inputs.run.steps, console) as progress:
         supervisor.run(progress)
-    console.print(f"saved the trained model in {folder.model}")
+    trained = f"model in {folder.model}" if inputs.run.adapters is None else f"adapter in {folder.adapter}"
+    console.print(f"saved the trained {trained}")
 
 
 def report(folder: OutputFolder) -> Report:

@@ -29,7 +29,7 @@ from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
-from colledge.settings import Emulation, LossOn, OptimizerSettings, Precision, WirePrecision
+from colledge.settings import Emulation, LoraSettings, LossOn, OptimizerSettings, Precision, WirePrecision
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
@@ -68,17 +68,18 @@ class BatchConfig(Record):
 class RunConfig(Record):
     """run.yaml: one training run.
 
-    `model` is a local Hugging Face directory or a hub id. `deadline` is for the whole run, `deadline_step`
-    for one step. `accounting` says whose idle energy counts; `must_use` and `must_not_use` name devices.
-    `wire_precision` is that of what travels between stages, instead of `precision`. `checkpoint_every` counts steps;
-    without it only a run that is stopped saves one. `evaluate_every` counts steps too: the loss on the validation data,
-    also after the last step. The end saves the model.
+    `model` is a local Hugging Face directory or a hub id. `method: lora` trains adapters alone, `lora` are their
+    settings. `deadline` is for the whole run, `deadline_step` for one step. `accounting` says whose idle energy counts;
+    `must_use` and `must_not_use` name devices. `wire_precision` is that of what travels between stages, instead of
+    `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one. `evaluate_every`
+    counts steps too: the loss on the validation data, also after the last step. The end saves what was trained.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
     model: str = Field(min_length=1)
     data: DataConfig
-    method: Literal["full"] = "full"
+    method: Literal["full", "lora"] = "full"
+    lora: LoraSettings | None = None
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(default=100, ge=1, strict=True)
@@ -106,7 +107,14 @@ class RunConfig(Record):
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, the run has {self.steps} steps"
             )
+        if self.lora is not None and self.method != "lora":
+            raise ValueError(f"lora has settings and method is {self.method!r}; set method: lora")
         return self
+
+    @property
+    def adapters(self) -> LoraSettings | None:
+        """The adapters to train; None where the whole model is trained."""
+        return (self.lora or LoraSettings()) if self.method == "lora" else None
 
     @property
     def step_limit_s(self) -> float | None:

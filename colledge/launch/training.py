@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -13,9 +14,10 @@ from colledge.errors import ColledgeError
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, OutputFolder
 from colledge.launch.learning_rate import learning_rates
-from colledge.launch.saved_model import save_model
+from colledge.launch.saved_model import save_adapter, save_model
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
+from colledge.models.lora import StartingValues
 from colledge.parallel import Emulation, Engine, EngineSettings, RouteEstimate, StepRecord, World
 from colledge.parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from colledge.plan import DeviceFigures, Plan, read_plan
@@ -41,7 +43,7 @@ class Training:
         )
         self._data = load_data(job.run, job.model)
         self._modes = _power_modes(job, self._plan, self._pool)
-        weights = SafetensorsDirectory(job.model)
+        weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
         if self._plan.prediction is not None:
             predicted_s = self._plan.prediction.step_s
             world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
@@ -54,6 +56,7 @@ class Training:
         return EngineSettings(
             optimizer=self._job.run.optimizer,
             precision=self._job.run.precision,
+            seed=self._job.run.seed,
             accelerators={id: device.accelerator for id, device in devices.items()},
             threads={id: device.threads for id, device in devices.items() if device.threads is not None},
             emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},
@@ -82,8 +85,7 @@ class Training:
             path = save_checkpoint(engine, self._job.output, run.seed)
             print(f"stopped after step {engine.step}; saved {path}", flush=True)
         else:
-            save_model(engine, self._job.model, self._folder.model)
-            print(f"trained {engine.step} steps; saved {self._folder.model}", flush=True)
+            print(f"trained {engine.step} steps; saved {self._save()}", flush=True)
         engine.close()
 
     def _resume(self) -> None:
@@ -94,6 +96,15 @@ class Training:
             return
         state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
         print(f"resumed from {checkpoint.name}: going on at step {state.step + 1}", flush=True)
+
+    def _save(self) -> Path:
+        """Save what was trained; return where."""
+        run, adapters = self._job.run, self._job.run.adapters
+        if adapters is None:
+            save_model(self._engine, self._job.model, self._folder.model)
+            return self._folder.model
+        save_adapter(self._engine, adapters, run.model, self._job.model, self._folder.adapter)
+        return self._folder.adapter
 
     def _write(self, record: StepRecord, learning_rate: float) -> StepMetrics:
         if not math.isfinite(record.loss) or not math.isfinite(record.gradient_norm or 0.0):

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -165,14 +166,49 @@ def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
     assert list(validated["one"]) == [4, 6]
     assert validated["hybrid"] == pytest.approx(validated["one"], rel=1e-9)
     assert report.validation[-1].loss == validated["hybrid"][6]
-    held = load_data(load_run(folder / "run.yaml", validation), folder / "model").validation
+    theirs = loss_by_the_library(model, folder, validation)
+    assert theirs == pytest.approx(validated["one"][6], rel=1e-6)  # its norms are of float32
+    assert not processes_of(folder)
+
+
+def loss_by_the_library(model: torch.nn.Module, folder: Path, overrides: list[str]) -> float:
+    """Return the loss on the run's validation data of a model that the library loaded."""
+    held = load_data(load_run(folder / "run.yaml", overrides), folder / "model").validation
     assert held is not None
     batch = held.batch(torch.arange(held.num_rows))
-    with torch.no_grad():  # the library's own model and loss on the saved weights
+    with torch.no_grad():
         logits = model.double()(**batch.inputs).logits[:, :-1]
-    theirs = cross_entropy(logits.flatten(0, 1), batch.targets["labels"][:, 1:].flatten(), ignore_index=-100)
-    assert float(theirs) == pytest.approx(validated["one"][6], rel=1e-6)  # its norms are of float32
-    assert not processes_of(folder)
+    targets = batch.targets["labels"][:, 1:].flatten()
+    return float(cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100))
+
+
+def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path) -> None:
+    settings = [
+        "method=lora",
+        "lora.rank=4",
+        "lora.dropout=0.1",
+        "lora.targets=[q_proj, v_proj, down_proj]",
+        "lora.modules_to_save=[lm_head, embed_tokens]",
+        "data.validation_split=0.2",
+        "evaluate_every=6",
+    ]
+    losses = {}
+    for name in ("one", "hybrid"):
+        output = f"output=out-{name}"
+        result = colledge(folder, "train", "run.yaml", "--plan", f"{name}.json", output, *settings)
+        assert result.returncode == 0, result.stderr
+        assert f"adapter in {folder / f'out-{name}' / 'adapter'}" in result.stdout.replace("\n", "")
+        metrics = read_metrics(folder / f"out-{name}" / "metrics.jsonl")
+        losses[name] = [*(line.loss for line in metrics), metrics[-1].validation_loss]
+    assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
+    assert losses["one"][5] < losses["one"][0]
+    adapter = folder / "out-hybrid" / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    assert loss_by_the_library(base, folder, settings) > losses["one"][-1] + 0.1
+    loaded = PeftModel.from_pretrained(base, adapter)
+    assert Path(str(loaded.peft_config["default"].base_model_name_or_path)) == (folder / "model").resolve()
+    assert loss_by_the_library(loaded, folder, settings) == pytest.approx(losses["one"][-1], rel=1e-6)
+    assert not (folder / "out-hybrid" / "model").exists()
 
 
 def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:

@@ -135,7 +135,8 @@ def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
         ("optimizer.learning_rate=.inf", ["learning_rate", "finite"]),
         ("optimizer.schedule=polynomial", ["schedule", "'cosine'", "polynomial"]),
         ("optimizer.warmup_steps=101", ["warmup_steps is 101", "100 steps"]),
-        ("method=lora", ["method", "'full'", "'lora'"]),
+        ("method=qlora", ["method", "'full'", "'qlora'"]),
+        ("lora.rank=4", ["method", "lora"]),
         ("schema=colledge/run/2", ["schema", "colledge/run/1", "colledge/run/2"]),
     ],
 )
