@@ -5,7 +5,8 @@ out/
   pool-profile.json  model-profile.json      measured
   plan.json  planning.json                   decided; why
   plan.html  plan.md                         the same for people
-  metrics.jsonl  checkpoint-<step>/  model/  happened
+  metrics.jsonl  checkpoint-<step>/          happened
+  model/  outcome.json                       what came of it
   report.json  report.html                   compared
   logs/<device>.log  error.json              what went wrong
 """
@@ -30,7 +31,7 @@ from colledge.records import Record
 class Job(Record):
     """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder.
 
-    `notes` are for the report: what of the data is not trained on.
+    `resume` is the checkpoint to go on from. `notes` are for the report: what of the data is not trained on.
     """
 
     schema_tag: Literal["colledge/job/1"] = Field(default="colledge/job/1", alias="schema")
@@ -40,7 +41,7 @@ class Job(Record):
     model: Path
     devices: tuple[str, ...]
     output: Path
-    resume: bool = False
+    resume: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -50,6 +51,32 @@ class Failure(Record):
     message: str
     fix: str
     exit_code: int
+
+
+class Outcome(Record):
+    """outcome.json: what a training that came to its end saved.
+
+    `step` is that of the saved model; `best_loss` its validation loss, where the best was asked for.
+    """
+
+    schema_tag: Literal["colledge/outcome/1"] = Field(default="colledge/outcome/1", alias="schema")
+    steps: int = Field(ge=0)
+    step: int = Field(ge=0)
+    best_loss: float | None = None
+    stopped_early: str | None = None
+
+    def sentences(self) -> list[str]:
+        """Return in words what a reader would not expect: an early end, or a model that is not the last."""
+        said = (
+            []
+            if self.stopped_early is None
+            else [f"Stopped early after step {self.steps}: {self.stopped_early}."]
+        )
+        if self.best_loss is not None:
+            said.append(
+                f"The saved model is that of step {self.step}, of the lowest validation loss: {self.best_loss:.4f}."
+            )
+        return said
 
 
 @dataclass(frozen=True)
@@ -140,6 +167,11 @@ class OutputFolder:
     def model(self) -> Path:
         """The trained model, a Hugging Face folder."""
         return self.path / "model"
+
+    @property
+    def outcome(self) -> Path:
+        """What a training that came to its end saved."""
+        return self.path / "outcome.json"
 
     @property
     def report_json(self) -> Path:
