@@ -68,6 +68,16 @@ class LoraSettings(Record):
     blocks: tuple[int, ...] | None = Field(default=None, min_length=1)
 
 
+class EarlyStopping(Record):
+    """End a training after `patience` evaluations in a row that did not lower the validation loss, as in transformers.
+
+    Lower is what is lower than the best before it by more than `threshold`.
+    """
+
+    patience: int = Field(default=1, ge=1, strict=True)
+    threshold: float = Field(default=0.0, ge=0)
+
+
 class Emulation(Record):
     """A slower device to rehearse: computing takes `slowdown` times as long, sends are paced and delayed."""
 

@@ -238,15 +238,15 @@ def train(
     if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):
         run.profile(inputs, console)
     chosen = run.choose_plan(inputs, plan_file, console)
-    job = run.training_job(inputs, chosen.plan, resume is not None)
+    checkpoint = run.find_start(inputs, resume is not None, console)
     if print_commands:
         chosen.write(inputs.folder)
-        typer.echo(write_commands(job))
+        typer.echo(write_commands(run.training_job(inputs, chosen.plan, checkpoint)))
         return
     if dry_run:
         typer.echo(f"ready to train {inputs.run.steps} steps under {chosen.plan.describe()}")
         return
-    run.train(inputs, chosen, console, resume is not None)
+    run.train(inputs, chosen, console, checkpoint)
     run.show_report(run.report(inputs.folder), inputs.folder, console)
 
 

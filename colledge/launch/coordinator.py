@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -88,7 +89,8 @@ def main() -> None:
                 _shut_down(world)
             except Exception as fault:
                 failure = _failure(fault)
-                write_atomically(folder.failure, failure.to_json())
+                with suppress(OSError):  # a full disk; the launcher then quotes the log
+                    write_atomically(folder.failure, failure.to_json())
                 os._exit(failure.exit_code)  # sockets close now: that is what frees the devices
     except LaunchError as fault:  # the folder is another run's: leave nothing in it
         print(f"LaunchError: {fault}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ objective: energy             # energy (of the whole pool) | time | energy-delay
 # deadline: 8h                # for the whole run; deadline_step: 2 s for one step
 # checkpoint_every: 50        # steps; without it only Ctrl-C saves one, the end saves the model
 # evaluate_every: 50          # steps between losses on the validation data
+# keep_best: true             # save the model of the lowest one; early_stopping: {patience: 3} ends in time
 output: out/
 """
 

@@ -6,7 +6,7 @@ out/
   plan.json  planning.json                   decided; why
   plan.html  plan.md                         the same for people
   metrics.jsonl  checkpoint-<step>/          happened
-  model/  or adapter/                        trained: for transformers, or for PEFT
+  model/  or adapter/  outcome.json         what came of it: for transformers, or for PEFT
   report.json  report.html                   compared
   logs/<device>.log  error.json              what went wrong
 """
@@ -31,7 +31,7 @@ from colledge.records import Record
 class Job(Record):
     """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder.
 
-    `notes` are for the report: what of the data is not trained on.
+    `resume` is the checkpoint to go on from. `notes` are for the report: what of the data is not trained on.
     """
 
     schema_tag: Literal["colledge/job/1"] = Field(default="colledge/job/1", alias="schema")
@@ -41,7 +41,7 @@ class Job(Record):
     model: Path
     devices: tuple[str, ...]
     output: Path
-    resume: bool = False
+    resume: Path | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -51,6 +51,32 @@ class Failure(Record):
     message: str
     fix: str
     exit_code: int
+
+
+class Outcome(Record):
+    """outcome.json: what a training that came to its end saved.
+
+    `step` is that of the saved model; `best_loss` its validation loss, where the best was asked for.
+    """
+
+    schema_tag: Literal["colledge/outcome/1"] = Field(default="colledge/outcome/1", alias="schema")
+    steps: int = Field(ge=0)
+    step: int = Field(ge=0)
+    best_loss: float | None = None
+    stopped_early: str | None = None
+
+    def sentences(self) -> list[str]:
+        """Return in words what a reader would not expect: an early end, or a model that is not the last."""
+        said = (
+            []
+            if self.stopped_early is None
+            else [f"Stopped early after step {self.steps}: {self.stopped_early}."]
+        )
+        if self.best_loss is not None:
+            said.append(
+                f"The saved model is that of step {self.step}, of the lowest validation loss: {self.best_loss:.4f}."
+            )
+        return said
 
 
 @dataclass(frozen=True)
@@ -146,6 +172,11 @@ class OutputFolder:
     def adapter(self) -> Path:
         """The trained adapter, a PEFT folder."""
         return self.path / "adapter"
+
+    @property
+    def outcome(self) -> Path:
+        """What a training that came to its end saved."""
+        return self.path / "outcome.json"
 
     @property
     def report_json(self) -> Path:

@@ -31,7 +31,6 @@ from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.run_config import PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
-from colledge.report import read_metrics
 
 LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
 _POLL_S = 0.2
@@ -182,6 +181,7 @@ class Supervisor:
             ColledgeError: What the coordinator reported, or which process died without a word.
         """
         self._folder.failure.unlink(missing_ok=True)
+        self._folder.outcome.unlink(missing_ok=True)
         write_atomically(self._folder.job, self._job.to_json())
         with _Interrupts().listening() as interrupts:
             try:
@@ -194,7 +194,7 @@ class Supervisor:
             raise ColledgeError(failure.message, fix=failure.fix, exit_code=failure.exit_code)
         if interrupts.count and self._job.kind == "profile":
             raise Stopped("stopped on request; profiling left nothing behind.", fix="profile again.")
-        if interrupts.count and not self._finished():
+        if interrupts.count and not self._folder.outcome.is_file():
             raise Stopped(
                 f"stopped on request; {self._saved()}.",
                 fix="go on with `colledge train ... --resume auto`.",
@@ -264,12 +264,6 @@ class Supervisor:
             f"{what} ended without a word ({self._last_line(name) or 'its log is empty'}).",
             fix=f"read {self._folder.log(name)}.",
         )
-
-    def _finished(self) -> bool:
-        """Return whether the training reached its last step, a request to stop notwithstanding."""
-        steps = read_metrics(self._folder.metrics) if self._folder.metrics.is_file() else []
-        done = steps[-1].step if steps else 0
-        return done >= self._job.run.steps and self._processes[0].returncode == 0
 
     def _saved(self) -> str:
         saved = find_checkpoint(self._job.output)

@@ -17,13 +17,13 @@ from rich.console import Console
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import modelling, planning
 from colledge.launch.inputs import RunData, find_model, load_data
-from colledge.launch.job import Job, OutputFolder
+from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
-from colledge.parallel.checkpoint import find_checkpoint
+from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
 from colledge.planner.explain import rounding
@@ -225,38 +225,49 @@ def check_plan(chosen: Plan, inputs: Inputs) -> None:
         )
 
 
-def training_job(inputs: Inputs, chosen: Plan, resume: bool) -> Job:
-    """Return the job that trains under a plan: only the devices that the plan uses.
+def find_start(inputs: Inputs, resume: bool, console: Console) -> Path | None:
+    """Return the checkpoint to go on from, None to start at step 1; say what is wrong with later ones.
 
     Raises:
-        ConfigError: An earlier run left a checkpoint that a new one would hide.
+        ConfigError: An earlier run left a checkpoint that a new one would hide, or all that it left are damaged.
     """
-    saved = find_checkpoint(inputs.run.output)
-    if saved is not None and not resume:
-        raise ConfigError(
-            f"{inputs.run.output} holds {saved.name} of an earlier run.",
-            fix="add --resume auto to go on from it, set another output, or delete it.",
-        )
-    return _job(inputs, "train", chosen.devices, resume)
+    if not resume:
+        saved = find_checkpoint(inputs.run.output)
+        if saved is not None:
+            raise ConfigError(
+                f"{inputs.run.output} holds {saved.name} of an earlier run.",
+                fix="add --resume auto to go on from it, set another output, or delete it.",
+            )
+        return None
+    checkpoint, faults = find_whole_checkpoint(inputs.run.output)
+    for fault in faults:
+        console.print(f"passed over a damaged checkpoint: {fault}", highlight=False, markup=False)
+    found = (
+        f"going on from {checkpoint}" if checkpoint is not None else "no checkpoint there: starting at step 1"
+    )
+    console.print(found, highlight=False, markup=False)
+    return checkpoint
 
 
-def train(inputs: Inputs, chosen: Chosen, console: Console, resume: bool = False) -> None:
+def training_job(inputs: Inputs, chosen: Plan, checkpoint: Path | None) -> Job:
+    """Return the job that trains under a plan: only the devices that the plan uses."""
+    return _job(inputs, "train", chosen.devices, checkpoint)
+
+
+def train(inputs: Inputs, chosen: Chosen, console: Console, checkpoint: Path | None = None) -> None:
     """Train under a plan; writes metrics.jsonl, checkpoints and the trained model.
 
     Raises:
         ColledgeError: What ended the run.
     """
     folder = inputs.folder
-    job = training_job(inputs, chosen.plan, resume)
-    supervisor = Supervisor(job)
+    supervisor = Supervisor(training_job(inputs, chosen.plan, checkpoint))
     chosen.write(folder)
-    if resume:
-        saved = find_checkpoint(inputs.run.output)
-        found = f"going on from {saved}" if saved is not None else "no checkpoint there: starting at step 1"
-        console.print(found, highlight=False)
     console.print(f"training {inputs.run.steps} steps under {chosen.plan.describe()}", highlight=False)
     with TrainingProgress(folder, inputs.run.steps, console) as progress:
         supervisor.run(progress)
+    for sentence in read_json(Outcome, folder.outcome).sentences():
+        console.print(sentence, highlight=False)
     trained = f"model in {folder.model}" if inputs.run.adapters is None else f"adapter in {folder.adapter}"
     console.print(f"saved the trained {trained}")
 
@@ -272,6 +283,7 @@ def report(folder: OutputFolder) -> Report:
     job = read_json(Job, folder.job)
     result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
     profiles = planning.read_profiles(folder) if chosen.prediction is not None else None
+    outcome = read_json(Outcome, folder.outcome).sentences() if folder.outcome.is_file() else []
     bounds = None
     if result is not None:
         bounds = Bounds(**result.bounds.model_dump())
@@ -282,7 +294,7 @@ def report(folder: OutputFolder) -> Report:
         families={name: FamilyFigures.of(p) for name, p in result.families.items()} if result else None,
         bounds=bounds,
         reasons=result.reasons if result else (),
-        notes=job.notes,
+        notes=(*job.notes, *outcome),
     )
     bars: Sequence[Bar] = ()
     modes = {device.id: device.power_mode() for device in job.pool.devices}
@@ -311,7 +323,7 @@ def show_report(made: Report, folder: OutputFolder, console: Console) -> None:
     console.print(f"report: {folder.report_html}", highlight=False)
 
 
-def _job(inputs: Inputs, kind: str, devices: tuple[str, ...], resume: bool = False) -> Job:
+def _job(inputs: Inputs, kind: str, devices: tuple[str, ...], resume: Path | None = None) -> Job:
     return Job.model_validate(
         {
             "kind": kind,

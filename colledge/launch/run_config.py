@@ -29,7 +29,15 @@ from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
-from colledge.settings import Emulation, LoraSettings, LossOn, OptimizerSettings, Precision, WirePrecision
+from colledge.settings import (
+    EarlyStopping,
+    Emulation,
+    LoraSettings,
+    LossOn,
+    OptimizerSettings,
+    Precision,
+    WirePrecision,
+)
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Objective = Literal["energy", "time", "energy-delay"]
@@ -71,8 +79,9 @@ class RunConfig(Record):
     `model` is a local Hugging Face directory or a hub id. `method: lora` trains adapters alone, `lora` are their
     settings. `deadline` is for the whole run, `deadline_step` for one step. `accounting` says whose idle energy counts;
     `must_use` and `must_not_use` name devices. `wire_precision` is that of what travels between stages, instead of
-    `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one. `evaluate_every`
-    counts steps too: the loss on the validation data, also after the last step. The end saves what was trained.
+    `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one; `keep_checkpoints` of
+    them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
+    saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -95,7 +104,10 @@ class RunConfig(Record):
     deadline_step_s: Seconds | None = Field(default=None, alias="deadline_step", gt=0)
     output: Path = Path("out")
     checkpoint_every: int | None = Field(default=None, ge=1, strict=True)
+    keep_checkpoints: int = Field(default=2, ge=1, strict=True)
     evaluate_every: int | None = Field(default=None, ge=1, strict=True)
+    keep_best: bool = False
+    early_stopping: EarlyStopping | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -103,6 +115,12 @@ class RunConfig(Record):
         if validates != (self.evaluate_every is not None):
             missing = "evaluate_every" if validates else "data.validation (or data.validation_split)"
             raise ValueError(f"evaluate_every and validation data go together; {missing} is missing")
+        for name, asked in (
+            ("keep_best", self.keep_best),
+            ("early_stopping", self.early_stopping is not None),
+        ):
+            if asked and not validates:
+                raise ValueError(f"{name} needs validation data and evaluate_every")
         if self.optimizer.warmup_steps > self.steps:
             raise ValueError(
                 f"optimizer.warmup_steps is {self.optimizer.warmup_steps}, the run has {self.steps} steps"

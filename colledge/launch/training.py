@@ -10,20 +10,28 @@ from pathlib import Path
 import torch
 
 from colledge.data import rows_for_step
-from colledge.errors import ColledgeError
+from colledge.errors import ColledgeError, ConfigError
 from colledge.launch.inputs import load_data
-from colledge.launch.job import Job, OutputFolder
+from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
 from colledge.launch.saved_model import save_adapter, save_model
+from colledge.launch.step_metrics import power_modes, step_metrics
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.models.lora import StartingValues
 from colledge.parallel import Emulation, Engine, EngineSettings, RouteEstimate, StepRecord, World
-from colledge.parallel.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
-from colledge.plan import DeviceFigures, Plan, read_plan
-from colledge.profiles import PoolProfile, PowerMode
-from colledge.records import read_json
-from colledge.report import StepMetrics, append_metrics
+from colledge.parallel.checkpoint import (
+    checkpoint_path,
+    load_checkpoint,
+    read_state,
+    remove_checkpoints,
+    save_checkpoint,
+)
+from colledge.plan import Plan, read_plan
+from colledge.profiles import PoolProfile
+from colledge.records import read_json, write_atomically
+from colledge.report import StepMetrics, append_metrics, keep_metrics
+from colledge.report.validation import BestSoFar, best_so_far
 from colledge.units import format_joules, format_seconds
 
 _LINE_EVERY_S = 2.0
@@ -42,12 +50,16 @@ class Training:
             read_json(PoolProfile, self._folder.pool_profile) if self._folder.pool_profile.is_file() else None
         )
         self._data = load_data(job.run, job.model)
-        self._modes = _power_modes(job, self._plan, self._pool)
+        self._modes = power_modes(job, self._plan, self._pool)
         weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
         if self._plan.prediction is not None:
             predicted_s = self._plan.prediction.step_s
             world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
         self._engine = Engine(self._plan, model, weights, self._settings(), ranks, world.wire)
+        self._rates = learning_rates(job.run.optimizer, job.run.steps)
+        self._losses: dict[int, float] = {}  # on the validation data, by step
+        self._line: StepMetrics | None = None  # of the step that is done
+        self._saved_step: int | None = None
         self._printed_s = 0.0
 
     def _settings(self) -> EngineSettings:
@@ -64,38 +76,105 @@ class Training:
         )
 
     def run(self, stop: StopRequest) -> None:
-        """Train to the last step or until asked to stop; save the model or a checkpoint."""
-        run, engine = self._job.run, self._engine
-        if self._job.resume:
-            self._resume()
+        """Train and validate to the end or until asked to stop; save the model or a checkpoint."""
+        self._begin()
+        while not stop.asked and (self._validation_due or not self._ended):
+            if self._validation_due:
+                self._validate(stop)
+            else:
+                self._train_step()
+        if self._validation_due or not self._ended:
+            print(f"stopped after step {self._engine.step}; saved {self._save_checkpoint()}", flush=True)
         else:
-            self._folder.metrics.unlink(missing_ok=True)
-        rates = learning_rates(run.optimizer, run.steps)
-        while engine.step < run.steps and not stop.asked:
-            rows = self._data.train
-            indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
-            rate = rates[engine.step]
-            record = engine.train_step(rows.batch(indices), rate)
-            line = self._write(record, rate)
-            if run.checkpoint_every and record.step % run.checkpoint_every == 0 and record.step < run.steps:
-                save_checkpoint(engine, self._job.output, run.seed)
-            if not stop.asked:
-                self._validate(line)
-        if stop.asked and engine.step < run.steps:
-            path = save_checkpoint(engine, self._job.output, run.seed)
-            print(f"stopped after step {engine.step}; saved {path}", flush=True)
-        else:
-            print(f"trained {engine.step} steps; saved {self._save()}", flush=True)
-        engine.close()
+            self._save_model()
+        self._engine.close()
 
-    def _resume(self) -> None:
-        checkpoint = find_checkpoint(self._job.output)
+    @property
+    def _validation_due(self) -> bool:
+        """Whether the loss on the validation data is wanted after the step that is done, and not known."""
+        run, step = self._job.run, self._engine.step
+        wanted = run.evaluate_every is not None and (step % run.evaluate_every == 0 or step == run.steps)
+        return wanted and step > 0 and step not in self._losses
+
+    @property
+    def _ended(self) -> bool:
+        """Whether no step is left, or none that early stopping lets go on."""
+        return self._engine.step >= self._job.run.steps or self._stops_early
+
+    @property
+    def _stops_early(self) -> bool:
+        stopping, best = self._job.run.early_stopping, self._best
+        return stopping is not None and best is not None and best.failures >= stopping.patience
+
+    @property
+    def _best(self) -> BestSoFar | None:
+        stopping = self._job.run.early_stopping
+        return best_so_far(self._losses, stopping.threshold if stopping is not None else 0.0)
+
+    def _begin(self) -> None:
+        """Take up the checkpoint to go on from: its state, and the metrics up to its step."""
+        folder, checkpoint = self._folder, self._job.resume
+        folder.outcome.unlink(missing_ok=True)
         if checkpoint is None:
-            print("no checkpoint to resume from: starting at step 1", flush=True)
-            self._folder.metrics.unlink(missing_ok=True)
+            folder.metrics.unlink(missing_ok=True)
             return
         state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
+        self._saved_step = state.step
+        self._losses = dict(state.validation)
+        lines = keep_metrics(folder.metrics, state.step)
+        self._line = lines[-1] if lines and lines[-1].step == state.step else None
         print(f"resumed from {checkpoint.name}: going on at step {state.step + 1}", flush=True)
+        best = self._best
+        if self._job.run.keep_best and best is not None and best.step != state.step:
+            try:
+                read_state(checkpoint_path(self._job.output, best.step))
+            except ConfigError as fault:
+                self._losses.clear()
+                print(
+                    f"the best checkpoint is lost, so the best is looked for anew: {fault.message}",
+                    flush=True,
+                )
+
+    def _train_step(self) -> None:
+        run, engine, rows = self._job.run, self._engine, self._data.train
+        rate = self._rates[engine.step]
+        indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
+        self._write(engine.train_step(rows.batch(indices), rate), rate)
+        if run.checkpoint_every and engine.step % run.checkpoint_every == 0 and engine.step < run.steps:
+            self._save_checkpoint()
+
+    def _save_checkpoint(self) -> Path:
+        """Save a checkpoint of the step that is done, unless it is there; remove those that need not stay."""
+        run, folder, step = self._job.run, self._job.output, self._engine.step
+        if self._saved_step != step:
+            save_checkpoint(self._engine, folder, run.seed, self._losses)
+            self._saved_step = step
+        best = self._best if run.keep_best else None
+        remove_checkpoints(folder, step, run.keep_checkpoints, best.step if best is not None else None)
+        return checkpoint_path(folder, step)
+
+    def _save_model(self) -> None:
+        """Save the model, the best one where that is asked for, and say what came of the training."""
+        run, engine, steps = self._job.run, self._engine, self._engine.step
+        best = self._best if run.keep_best else None
+        if best is not None and best.step != steps:
+            checkpoint = checkpoint_path(self._job.output, best.step)
+            try:
+                read_state(checkpoint)
+            except ConfigError:
+                self._save_checkpoint()  # so that a resumed run has the last steps at least
+                raise
+            load_checkpoint(engine, checkpoint, run.seed)
+        saved = self._save()
+        why = None
+        if self._stops_early and steps < run.steps and run.early_stopping is not None:
+            why = f"{run.early_stopping.patience} evaluation(s) in a row did not lower the validation loss enough"
+        outcome = Outcome(
+            steps=steps, step=engine.step, best_loss=best.loss if best else None, stopped_early=why
+        )
+        write_atomically(self._folder.outcome, outcome.to_json())
+        said = [f"trained {steps} steps; saved {saved}", *outcome.sentences()]
+        print("\n".join(said), flush=True)
 
     def _save(self) -> Path:
         """Save what was trained; return where."""
@@ -106,14 +185,15 @@ class Training:
         save_adapter(self._engine, adapters, run.model, self._job.model, self._folder.adapter)
         return self._folder.adapter
 
-    def _write(self, record: StepRecord, learning_rate: float) -> StepMetrics:
-        if not math.isfinite(record.loss) or not math.isfinite(record.gradient_norm or 0.0):
-            raise ColledgeError(
-                f"the loss is {record.loss} and the gradient's norm {record.gradient_norm} at step {record.step}: "
-                "training diverged.",
-                fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
-            )
-        line = step_metrics(record, self._modes, learning_rate)
+    def _write(self, record: StepRecord, learning_rate: float) -> None:
+        """Write a step's line, and now and then print it.
+
+        Raises:
+            ColledgeError: The loss or the gradient is no number.
+        """
+        self._check_finite("loss", record.loss)
+        self._check_finite("norm of the gradient", record.gradient_norm or 0.0)
+        self._line = line = step_metrics(record, self._modes, learning_rate)
         append_metrics(self._folder.metrics, line)
         now_s = time.monotonic()
         if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
@@ -125,69 +205,42 @@ class Training:
                 f"{format_joules(line.energy_joules)} a step  {format_seconds(left_s)} left",
                 flush=True,
             )
-        return line
 
-    def _validate(self, line: StepMetrics) -> None:
-        """Write a step's line again, with the mean loss on the validation data, where that is due."""
-        run, rows, step = self._job.run, self._data.validation, line.step
-        if rows is None or not run.evaluate_every or (step % run.evaluate_every and step != run.steps):
-            return
+    def _check_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise ColledgeError(
+                f"the {name} is {value} at step {self._engine.step}: training diverged.",
+                fix="lower optimizer.learning_rate or set optimizer.gradient_clipping.",
+            )
+
+    def _validate(self, stop: StopRequest) -> None:
+        """Compute the mean loss on the validation data, unless asked to stop, and write the step's line with it.
+
+        Raises:
+            ColledgeError: The loss is no number.
+        """
+        run, rows, step = self._job.run, self._data.validation, self._engine.step
+        assert rows is not None
         began_s, total, count = time.perf_counter(), 0.0, 0
         for start in range(0, rows.num_rows, run.batch.global_size):
+            if stop.asked:
+                return
             indices = torch.arange(start, min(start + run.batch.global_size, rows.num_rows))
             part, targets = self._engine.evaluate(rows.batch(indices))
             total, count = total + part, count + targets
         loss, took_s = total / count, time.perf_counter() - began_s
-        validated = {"validation_loss": loss, "validation_s": took_s}
-        append_metrics(self._folder.metrics, line.model_copy(update=validated))
+        self._check_finite("validation loss", loss)
+        self._losses[step] = loss
+        if self._line is not None:
+            self._line = self._line.model_copy(update={"validation_loss": loss, "validation_s": took_s})
+            append_metrics(self._folder.metrics, self._line)
         print(
             f"step {step}/{run.steps}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}",
             flush=True,
         )
-
-
-def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode], learning_rate: float) -> StepMetrics:
-    """Return a step's line of metrics.jsonl; the joules are modelled from each device's watts.
-
-    Args:
-        record: What the engine measured.
-        modes: The power mode of every device of the pool; one that took no part in the step idled.
-        learning_rate: Of the step.
-    """
-    devices = {}
-    for id, mode in modes.items():
-        own = record.devices.get(id)
-        compute_s = min(own.compute_s, record.step_s) if own else 0.0
-        communicate_s = min(own.communicate_s, record.step_s - compute_s) if own else 0.0
-        devices[id] = DeviceFigures(
-            compute_s=compute_s,
-            communicate_s=communicate_s,
-            idle_s=record.step_s - compute_s - communicate_s,
-            energy_joules=mode.joules(record.step_s, compute_s, communicate_s),
-            peak_memory_bytes=own.peak_memory_bytes if own else None,
-            source="modelled",
-        )
-    return StepMetrics(
-        step=record.step,
-        loss=record.loss,
-        step_s=record.step_s,
-        tokens=record.num_targets,
-        energy_joules=sum(figures.energy_joules for figures in devices.values()),
-        learning_rate=learning_rate,
-        gradient_norm=record.gradient_norm,
-        devices=devices,
-    )
-
-
-def _power_modes(job: Job, plan: Plan, pool: PoolProfile | None) -> dict[str, PowerMode]:
-    """Return the mode of every device: the one its shard runs in where profiled, else what pool.yaml declares."""
-    chosen = {place.shard.device: place.shard.mode for place in plan.places()}
-    profiled = {device.id: device for device in pool.devices} if pool is not None else {}
-    modes = {}
-    for device in job.pool.devices:
-        known = profiled.get(device.id)
-        modes[device.id] = known.mode(chosen.get(device.id)) if known is not None else device.power_mode()
-    return modes
+        best = self._best
+        if run.keep_best and best is not None and best.step == step and not self._ended:
+            self._save_checkpoint()
 
 
 def _routes(plan: Plan, pool: PoolProfile) -> dict[str, dict[str, RouteEstimate]]:

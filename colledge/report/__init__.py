@@ -1,6 +1,6 @@
 """What a run did against what was predicted: metrics.jsonl, report.json, tables. `html` renders report.html."""
 
-from colledge.report.metrics import StepMetrics, append_metrics, read_metrics
+from colledge.report.metrics import StepMetrics, append_metrics, keep_metrics, read_metrics
 from colledge.report.record import (
     Bounds,
     FamilyFigures,
@@ -18,6 +18,7 @@ __all__ = [
     "append_metrics",
     "build_report",
     "energy_by_cause",
+    "keep_metrics",
     "read_metrics",
     "relative_error",
 ]

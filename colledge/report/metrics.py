@@ -1,7 +1,7 @@
 """metrics.jsonl: what happened, one line a step.
 
-A line ends with its newline; one that does not is the torn end of a crash and is dropped. A resumed run may
-write a step again: the later line holds.
+A line ends with its newline; one that does not is the torn end of a crash and is dropped. A step that is validated
+is written again: the later line holds. A resumed run first drops the steps that it will repeat.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field
 
 from colledge.errors import ConfigError
 from colledge.plan import DeviceFigures
-from colledge.records import Record, parse_record
+from colledge.records import Record, parse_record, write_atomically
 
 
 class StepMetrics(Record):
@@ -41,14 +41,29 @@ def append_metrics(path: Path, line: StepMetrics) -> None:
     Raises:
         OSError: The line could not be written.
     """
-    data = (line.model_dump_json(exclude_none=True) + "\n").encode()
     with path.open("ab+") as file:
         if file.tell():
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-        file.write(data)
+        file.write(_encoded(line))
+
+
+def keep_metrics(path: Path, step: int) -> list[StepMetrics]:
+    """Drop the lines of all steps after one, and through to the disk; return the lines that stay.
+
+    Raises:
+        ConfigError: A whole line is damaged.
+        OSError: The file could not be written; it stays as it was.
+    """
+    kept = [line for line in read_metrics(path) if line.step <= step] if path.is_file() else []
+    write_atomically(path, b"".join(_encoded(line) for line in kept))
+    return kept
+
+
+def _encoded(line: StepMetrics) -> bytes:
+    return (line.model_dump_json(exclude_none=True) + "\n").encode()
 
 
 def read_metrics(path: Path) -> list[StepMetrics]:

@@ -24,6 +24,7 @@ from colledge.report import (
     append_metrics,
     build_report,
     energy_by_cause,
+    keep_metrics,
     read_metrics,
 )
 from colledge.report.charts import Bar, timeline_bars
@@ -133,6 +134,16 @@ def test_a_resumed_run_replaces_the_steps_it_repeats(tmp_path: Path) -> None:
     for one in (line(1), line(2), line(3), line(2, loss=8.0)):
         append_metrics(path, one)
     assert [(one.step, one.loss) for one in read_metrics(path)] == [(1, 5.0), (2, 8.0), (3, 5 / 3)]
+
+
+def test_the_steps_that_a_resumed_run_repeats_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert keep_metrics(path, 4) == []
+    for one in (line(1), line(2), line(2, loss=8.0), line(3), line(4)):
+        append_metrics(path, one)
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    assert keep_metrics(path, 2) == read_metrics(path) == [line(1), line(2, loss=8.0)]
+    assert len(path.read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ deadline: 8h
 deadline_step: 500 ms
 output: out/
 checkpoint_every: 50
+keep_checkpoints: 3
 """
 SHORT_RUN = "model: org/hub-model\ndata: {train: corpus.txt}\npool: pool.yaml\n"
 FULL_POOL = """
@@ -137,6 +138,10 @@ def test_overrides_are_yaml_and_reach_into_records(folder: Path) -> None:
         ("optimizer.warmup_steps=101", ["warmup_steps is 101", "100 steps"]),
         ("method=qlora", ["method", "'full'", "'qlora'"]),
         ("lora.rank=4", ["method", "lora"]),
+        ("keep_checkpoints=0", ["keep_checkpoints", "greater than or equal to 1"]),
+        ("keep_best=true", ["keep_best needs validation data and evaluate_every"]),
+        ("early_stopping={patience: 2}", ["early_stopping needs validation data and evaluate_every"]),
+        ("early_stopping.patienc=2", ["'early_stopping.patienc'", "'patience'"]),
         ("schema=colledge/run/2", ["schema", "colledge/run/1", "colledge/run/2"]),
     ],
 )

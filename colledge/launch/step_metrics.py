@@ -1,0 +1,55 @@
+"""A step as a line of metrics.jsonl: what each device did, and the joules that its watts make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from colledge.launch.job import Job
+from colledge.parallel import StepRecord
+from colledge.plan import DeviceFigures, Plan
+from colledge.profiles import PoolProfile, PowerMode
+from colledge.report import StepMetrics
+
+
+def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode], learning_rate: float) -> StepMetrics:
+    """Return a step's line of metrics.jsonl; the joules are modelled from each device's watts.
+
+    Args:
+        record: What the engine measured.
+        modes: The power mode of every device of the pool; one that took no part in the step idled.
+        learning_rate: Of the step.
+    """
+    devices = {}
+    for id, mode in modes.items():
+        own = record.devices.get(id)
+        compute_s = min(own.compute_s, record.step_s) if own else 0.0
+        communicate_s = min(own.communicate_s, record.step_s - compute_s) if own else 0.0
+        devices[id] = DeviceFigures(
+            compute_s=compute_s,
+            communicate_s=communicate_s,
+            idle_s=record.step_s - compute_s - communicate_s,
+            energy_joules=mode.joules(record.step_s, compute_s, communicate_s),
+            peak_memory_bytes=own.peak_memory_bytes if own else None,
+            source="modelled",
+        )
+    return StepMetrics(
+        step=record.step,
+        loss=record.loss,
+        step_s=record.step_s,
+        tokens=record.num_targets,
+        energy_joules=sum(figures.energy_joules for figures in devices.values()),
+        learning_rate=learning_rate,
+        gradient_norm=record.gradient_norm,
+        devices=devices,
+    )
+
+
+def power_modes(job: Job, plan: Plan, pool: PoolProfile | None) -> dict[str, PowerMode]:
+    """Return the mode of every device: the one its shard runs in where profiled, else what pool.yaml declares."""
+    chosen = {place.shard.device: place.shard.mode for place in plan.places()}
+    profiled = {device.id: device for device in pool.devices} if pool is not None else {}
+    modes = {}
+    for device in job.pool.devices:
+        known = profiled.get(device.id)
+        modes[device.id] = known.mode(chosen.get(device.id)) if known is not None else device.power_mode()
+    return modes
