@@ -267,6 +267,20 @@ def report(
 
 
 @app.command()
+def export(
+    output: Annotated[Path, typer.Argument(help="The output folder of a run.")],
+    target: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add adapters to the weights: a whole model.")
+    ] = False,
+) -> None:
+    """Write what a run trained, at its end or up to its last checkpoint, as a folder for transformers or PEFT."""
+    from colledge.launch.exporting import export as write
+
+    typer.echo(f"wrote {target} from {write(output, target, merge)}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the demo's files go.")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 300,

@@ -14,7 +14,7 @@ from colledge.errors import ColledgeError, ConfigError
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
-from colledge.launch.saved_model import save_adapter, save_model
+from colledge.launch.saved_model import write_adapter, write_model
 from colledge.launch.step_metrics import power_modes, step_metrics
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
@@ -180,9 +180,10 @@ class Training:
         """Save what was trained; return where."""
         run, adapters = self._job.run, self._job.run.adapters
         if adapters is None:
-            save_model(self._engine, self._job.model, self._folder.model)
+            write_model(self._engine.layers(), self._job.model, self._folder.model)
             return self._folder.model
-        save_adapter(self._engine, adapters, run.model, self._job.model, self._folder.adapter)
+        layers = self._engine.layers(trained_only=True)
+        write_adapter(layers, adapters, run.model, self._job.model, self._folder.adapter)
         return self._folder.adapter
 
     def _write(self, record: StepRecord, learning_rate: float) -> None:

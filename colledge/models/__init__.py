@@ -4,7 +4,7 @@ from colledge.models.build import build_model
 from colledge.models.huggingface import HuggingFaceCausalLM
 from colledge.models.layered import LayeredModel, ModelSpec, StageModule
 from colledge.models.sharding import ShardOps, Slice
-from colledge.models.weights import SafetensorsDirectory
+from colledge.models.weights import SafetensorsDirectory, WeightWriter
 
 __all__ = [
     "HuggingFaceCausalLM",
@@ -14,5 +14,6 @@ __all__ = [
     "ShardOps",
     "Slice",
     "StageModule",
+    "WeightWriter",
     "build_model",
 ]

@@ -18,6 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from colledge.errors import ModelError
 from colledge.models.layered import BatchRows, ModelSpec, StageModule
@@ -298,6 +299,12 @@ class HuggingFaceCausalLM:
     def adapter_shapes(self) -> dict[str, tuple[int, ...]]:
         """The adapters' parameters by name, and their whole shapes."""
         return {name: shape for name, shape in self._shapes.items() if is_adapter(name)}
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """The weights that are stored as (inputs, outputs), as GPT-2's are."""
+        modules = self._skeleton().named_modules()
+        return frozenset(f"{name}.weight" for name, module in modules if isinstance(module, Conv1D))
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter is trained; others are frozen."""

@@ -161,6 +161,32 @@ def peft_name(name: str) -> str:
     return _PEFT_PREFIX + name
 
 
+def plain_of_peft(name: str) -> str:
+    """Return a parameter's name from that in PEFT's adapter_model.safetensors."""
+    return name.removeprefix(_PEFT_PREFIX)
+
+
+def merged(
+    name: str, weight: Tensor, values: Mapping[str, Tensor], settings: LoraSettings, transposed: bool
+) -> Tensor:
+    """Return a weight with its adapter added: W + alpha / rank * B A; one without an adapter as it is.
+
+    Args:
+        name: The weight's.
+        weight: (outputs, inputs), or the other way round where it is `transposed`, as GPT-2's are.
+        values: The adapters', by name.
+        settings: The adapters'.
+        transposed: Whether the weight is stored as (inputs, outputs).
+    """
+    linear = name.removesuffix(".weight")
+    if f"{linear}.lora_A.weight" not in values:
+        return weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    first, second = (values[f"{linear}{factor}"].to(dtype) for factor in _FACTORS)
+    change = settings.alpha / settings.rank * (second @ first)
+    return (weight + (change.t() if transposed else change)).to(weight.dtype)
+
+
 class StartingValues(Mapping[str, Tensor]):
     """A model's weights, and the values that its new adapters begin with: B is 0, A as PEFT draws it.
 

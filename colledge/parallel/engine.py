@@ -295,7 +295,12 @@ class Engine:
         Args:
             trained_only: Leave frozen parameters out.
         """
-        return {name: self._read_layer(name, False, trained_only) for name in self.model.layer_names}
+        return dict(zip(self.model.layer_names, self.layers(trained_only), strict=True))
+
+    def layers(self, trained_only: bool = False) -> Iterator[dict[str, Tensor]]:
+        """Yield the values of one layer after another, as `state_dict` returns them together."""
+        for name in self.model.layer_names:
+            yield self._read_layer(name, False, trained_only)
 
     def checkpoint_layer(self, layer_name: str) -> dict[str, Tensor]:
         """Return the values and optimizer state (`parameter@key`) of what a layer trains, whole tensors."""

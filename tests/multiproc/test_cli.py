@@ -191,6 +191,7 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path) -> N
         "lora.modules_to_save=[lm_head, embed_tokens]",
         "data.validation_split=0.2",
         "evaluate_every=6",
+        "checkpoint_every=4",
     ]
     losses = {}
     for name in ("one", "hybrid"):
@@ -209,6 +210,15 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path) -> N
     assert Path(str(loaded.peft_config["default"].base_model_name_or_path)) == (folder / "model").resolve()
     assert loss_by_the_library(loaded, folder, settings) == pytest.approx(losses["one"][-1], rel=1e-6)
     assert not (folder / "out-hybrid" / "model").exists()
+    resumed = colledge(
+        folder, "train", "run.yaml", "--plan", "hybrid.json", "output=out-one", "--resume", "auto", *settings
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert "checkpoint-4" in resumed.stdout
+    metrics = read_metrics(folder / "out-one" / "metrics.jsonl")
+    assert [*(line.loss for line in metrics), metrics[-1].validation_loss] == pytest.approx(
+        losses["one"], rel=1e-9
+    )
 
 
 def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:
