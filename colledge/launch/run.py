@@ -32,6 +32,7 @@ from colledge.report import Bounds, FamilyFigures, Report, build_report, read_me
 from colledge.report.charts import Bar, timeline_bars
 from colledge.report.html import render
 from colledge.report.tables import comparison_table
+from colledge.report.trackers import check_tracker
 from colledge.schedule import simulate
 from colledge.units import format_seconds
 
@@ -74,6 +75,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
     model = HuggingFaceCausalLM.from_directory(folder)
     notes: tuple[str, ...] = ()
     if with_data:
+        check_tracker(run.report_to)
         SafetensorsDirectory(folder)
         data = load_data(run, folder)
         check_data(data, model)
