@@ -7,6 +7,7 @@ out/
   plan.html  plan.md                         the same for people
   metrics.jsonl  checkpoint-<step>/          happened
   model/  or adapter/  outcome.json         what came of it: for transformers, or for PEFT
+  tensorboard/                               metrics.jsonl as events, where report_to asks for them
   report.json  report.html                   compared
   logs/<device>.log  error.json              what went wrong
 """
@@ -162,6 +163,11 @@ class OutputFolder:
     def metrics(self) -> Path:
         """One line a step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The figures of metrics.jsonl as TensorBoard events."""
+        return self.path / "tensorboard"
 
     @property
     def model(self) -> Path:

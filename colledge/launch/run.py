@@ -33,6 +33,7 @@ from colledge.report import Bounds, FamilyFigures, Report, build_report, read_me
 from colledge.report.charts import Bar, timeline_bars
 from colledge.report.html import render
 from colledge.report.tables import comparison_table
+from colledge.report.trackers import check_tracker
 from colledge.schedule import simulate
 from colledge.settings import ITEM_BYTES
 from colledge.units import format_seconds
@@ -76,6 +77,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
     model = HuggingFaceCausalLM.from_directory(folder, run.adapters)
     notes: tuple[str, ...] = ()
     if with_data:
+        check_tracker(run.report_to)
         SafetensorsDirectory(folder)
         data = load_data(run, folder)
         check_data(data, model)

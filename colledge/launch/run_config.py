@@ -29,6 +29,7 @@ from colledge.profiles.catalog import catalog_device
 from colledge.records import Record, RecordT, parse_record, read_yaml_mapping
 from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
+from colledge.report.trackers import Tracker
 from colledge.settings import (
     EarlyStopping,
     Emulation,
@@ -81,7 +82,8 @@ class RunConfig(Record):
     `must_use` and `must_not_use` name devices. `wire_precision` is that of what travels between stages, instead of
     `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one; `keep_checkpoints` of
     them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
-    saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays.
+    saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to` writes
+    the figures of metrics.jsonl for a tracker too.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -108,6 +110,7 @@ class RunConfig(Record):
     evaluate_every: int | None = Field(default=None, ge=1, strict=True)
     keep_best: bool = False
     early_stopping: EarlyStopping | None = None
+    report_to: Tracker = "none"
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ from colledge.plan import Plan, read_plan
 from colledge.profiles import PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import StepMetrics, append_metrics, keep_metrics
+from colledge.report.trackers import TensorBoard
 from colledge.report.validation import BestSoFar, best_so_far
 from colledge.units import format_joules, format_seconds
 
@@ -60,6 +62,7 @@ class Training:
         self._losses: dict[int, float] = {}  # on the validation data, by step
         self._line: StepMetrics | None = None  # of the step that is done
         self._saved_step: int | None = None
+        self._tracker: TensorBoard | None = None
         self._printed_s = 0.0
 
     def _settings(self) -> EngineSettings:
@@ -78,6 +81,8 @@ class Training:
     def run(self, stop: StopRequest) -> None:
         """Train and validate to the end or until asked to stop; save the model or a checkpoint."""
         self._begin()
+        if self._job.run.report_to == "tensorboard":
+            self._tracker = TensorBoard(self._folder.tensorboard, self._engine.step + 1)
         while not stop.asked and (self._validation_due or not self._ended):
             if self._validation_due:
                 self._validate(stop)
@@ -87,6 +92,8 @@ class Training:
             print(f"stopped after step {self._engine.step}; saved {self._save_checkpoint()}", flush=True)
         else:
             self._save_model()
+        if self._tracker is not None:
+            self._tracker.close()
         self._engine.close()
 
     @property
@@ -117,6 +124,7 @@ class Training:
         folder.outcome.unlink(missing_ok=True)
         if checkpoint is None:
             folder.metrics.unlink(missing_ok=True)
+            shutil.rmtree(folder.tensorboard, ignore_errors=True)
             return
         state = load_checkpoint(self._engine, checkpoint, self._job.run.seed)
         self._saved_step = state.step
@@ -196,6 +204,8 @@ class Training:
         self._check_finite("norm of the gradient", record.gradient_norm or 0.0)
         self._line = line = step_metrics(record, self._modes, learning_rate)
         append_metrics(self._folder.metrics, line)
+        if self._tracker is not None:
+            self._tracker.write(line)
         now_s = time.monotonic()
         if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
             self._printed_s = now_s
@@ -235,6 +245,8 @@ class Training:
         if self._line is not None:
             self._line = self._line.model_copy(update={"validation_loss": loss, "validation_s": took_s})
             append_metrics(self._folder.metrics, self._line)
+            if self._tracker is not None:
+                self._tracker.write(self._line, "validation_loss")
         print(
             f"step {step}/{run.steps}  validation loss {loss:.4f}  perplexity {math.exp(min(loss, 700)):.2f}",
             flush=True,

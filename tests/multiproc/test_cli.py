@@ -440,6 +440,14 @@ def test_bad_run(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) ->
     assert not (folder / "out" / "metrics.jsonl").exists()
 
 
+def test_a_tracker_that_is_not_installed_is_named_with_its_package(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json", "report_to=tensorboard"], capsys)
+    assert_one_line(result, "pip install 'colledge[tensorboard]'")
+
+
 def test_a_folder_in_use_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with OutputFolder(folder / "out").locked():
         result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
