@@ -82,8 +82,8 @@ class RunConfig(Record):
     `must_use` and `must_not_use` name devices. `wire_precision` is that of what travels between stages, instead of
     `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one; `keep_checkpoints` of
     them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
-    saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to` writes
-    the figures of metrics.jsonl for a tracker too.
+    saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to`
+    writes the figures of metrics.jsonl for a tracker too.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
