@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from colledge.data.batch import Batch
 from colledge.models import HuggingFaceCausalLM
-from colledge.models.huggingface import use_float64_norms
+from colledge.models.float64 import keep_float64
 from colledge.parallel import Engine, EngineSettings, Message, OptimizerSettings
 from colledge.parallel.engine import command
 from colledge.plan import Plan
@@ -148,7 +148,7 @@ class Outcome:
 def _start_weights(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
-        _config(case.model), dtype=getattr(torch, case.precision), attn_implementation="sdpa"
+        _config(case.model), dtype=getattr(torch, case.precision)
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -177,7 +177,7 @@ def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
     for layer_index in rounded_after:
         _round_after(model, layer_index)
     if case.precision == "float64":
-        use_float64_norms(model)
+        keep_float64(model)
     chosen = _optimizer(case)
     decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     groups: list[dict[str, Any]] = [
