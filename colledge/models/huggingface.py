@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import local_torch_dtype
 
@@ -88,9 +89,9 @@ class HuggingFaceCausalLM:
         except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
-        model = cls(config.to_dict(), lora)
+        model = cls(config.to_dict())
         check_parts(model)
-        return model
+        return model if lora is None else cls(config.to_dict(), lora)
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
@@ -293,22 +294,27 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
                 fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
                 fresh[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined] # to be left alone
             setattr(module, name, fresh[id(parameter)])
-        buffers = list(module.named_buffers(recurse=False))
-        for name, buffer in buffers:
-            unset = torch.nan if buffer.is_floating_point() else torch.iinfo(torch.int8).min
-            setattr(module, name, torch.full_like(buffer, unset, device="cpu"))
-        if buffers:
-            with local_torch_dtype(dtype):  # as the library does when it makes the model
-                model._init_weights(module)  # type: ignore[operator]
-        constants = [(name, module.get_buffer(name)) for name, _ in buffers]
-        unset_names = [
-            name for name, b in constants if bool((b.isnan() if b.is_floating_point() else b < -127).any())
-        ]
-        unset_names += [
-            name for name, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta
-        ]
-        if unset_names:
+        with unset_fake_temporarily():  # constants are small, and have values even where parameters have none
+            unset = _compute_constants(model, module, dtype)
+        if unset:
             raise ModelError(
-                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: "
-                f"{', '.join(unset_names)}."
+                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}."
             )
+
+
+def _compute_constants(model: nn.Module, module: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Have the library compute a module's own buffers, as in a model of this dtype; return those it did not."""
+    buffers = list(module.named_buffers(recurse=False))
+    for name, buffer in buffers:
+        unset = torch.nan if buffer.is_floating_point() else torch.iinfo(torch.int8).min
+        setattr(module, name, torch.full(buffer.shape, unset, dtype=buffer.dtype, device="cpu"))
+    if buffers:
+        with local_torch_dtype(dtype):
+            model._init_weights(module)  # type: ignore[operator]
+    constants = [(name, module.get_buffer(name)) for name, _ in buffers]
+    not_computed = [
+        n for n, c in constants if bool((c.isnan() if c.is_floating_point() else c == -128).any())
+    ]
+    return not_computed + [
+        n for n, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta
+    ]
