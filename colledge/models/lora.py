@@ -137,7 +137,7 @@ def cut_adapters(block: nn.Module, sharding: ShardedBlock, units: tuple[int, int
         linear = linears[path]
         for name, factor in (("lora_A.weight", layer.lora_A), ("lora_B.weight", layer.lora_B)):
             whole = factor[_ADAPTER].weight
-            part = linear.slice(name, tuple(whole.shape), units, num_units)
+            part = linear.slice(name, units, num_units)
             if part is None:
                 continue
             factor[_ADAPTER].weight = nn.Parameter(part.take(whole.detach()))

@@ -20,11 +20,19 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen2Config, Trainer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Trainer,
+)
 
 from colledge.data.batch import Batch
 from colledge.models import HuggingFaceCausalLM
-from colledge.models.huggingface import use_float64_norms
+from colledge.models.float64 import keep_float64
 from colledge.parallel import Engine, EngineSettings, Message, OptimizerSettings
 from colledge.parallel.engine import command
 from colledge.plan import Plan
@@ -43,6 +51,20 @@ OPTIMIZERS = {
     "sgd-clipped": OptimizerSettings(
         name="sgd", learning_rate=0.1, momentum=0.9, weight_decay=0.01, gradient_clipping=1.0
     ),
+}
+
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 4}
+# further families, each with what it has beside the others: windows, soft-caps, norms of heads, fused projections
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, **_SLIDING},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **_SLIDING},
+    "gpt_neox": {"hidden_dropout": 0.0},
+    "mistral": {"sliding_window": 4},
+    "opt": {"ffn_dim": 46, "word_embed_proj_dim": 24, "dropout": 0.0, "pad_token_id": 1},
+    "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "sliding_window": 4},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 
 
@@ -69,6 +91,9 @@ def _config(name: str) -> PretrainedConfig:
             return LlamaConfig(**common, **separate, num_hidden_layers=3, pad_token_id=0)
         case "qwen2":
             return Qwen2Config(**common, **separate, num_hidden_layers=4)
+        case _ if kind in FAMILIES:
+            special = {"num_hidden_layers": 3, "pad_token_id": 0, **FAMILIES[kind]}
+            return AutoConfig.for_model(kind, **common, **separate, **special)
     gpt2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     del common["attention_dropout"]
     return GPT2Config(**common, **gpt2, n_embd=32, n_head=4, n_layer=3, n_positions=32, n_inner=50)
@@ -89,6 +114,7 @@ class Case:
     padding: str = "right"  # none | right | left
     empty_rows: int = 0  # the last rows of every batch are padding only
     precision: str = "float64"
+    num_steps: int = NUM_STEPS
 
 
 def _optimizer(case: Case) -> OptimizerSettings:
@@ -148,7 +174,7 @@ class Outcome:
 def _start_weights(case: Case) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     model: torch.nn.Module = AutoModelForCausalLM.from_config(
-        _config(case.model), dtype=getattr(torch, case.precision), attn_implementation="sdpa"
+        _config(case.model), dtype=getattr(torch, case.precision)
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -177,7 +203,7 @@ def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
     for layer_index in rounded_after:
         _round_after(model, layer_index)
     if case.precision == "float64":
-        use_float64_norms(model)
+        keep_float64(model)
     chosen = _optimizer(case)
     decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), model))
     groups: list[dict[str, Any]] = [
@@ -191,7 +217,7 @@ def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
     else:
         optimizer = torch.optim.SGD(groups, lr=chosen.learning_rate, momentum=chosen.momentum)
     losses, norms = [], []
-    for index in range(NUM_STEPS):
+    for index in range(case.num_steps):
         batch = make_batch(case, index)
         labels = batch.targets["labels"]
         optimizer.zero_grad()
@@ -201,7 +227,7 @@ def reference(case: Case, rounded_after: tuple[int, ...] = ()) -> Outcome:
             norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), chosen.gradient_clipping)))
         optimizer.step()
         losses.append(loss.item())
-    final = make_batch(case, NUM_STEPS, extra_rows=3)
+    final = make_batch(case, case.num_steps, extra_rows=3)
     with torch.no_grad():
         logits = model(**final.inputs).logits
     return Outcome(
@@ -225,7 +251,7 @@ def _engine(plan: Plan, case: Case, workers: Workers) -> Engine:
 def train(plans: Iterable[Plan], case: Case, workers: Workers) -> Outcome:
     """Train under the plans, each for an equal share of the steps; the state moves from one to the next."""
     plans = list(plans)
-    steps_each = NUM_STEPS // len(plans)
+    steps_each = case.num_steps // len(plans)
     engine: Engine | None = None
     losses, norms = [], []
     for plan in plans:
@@ -244,7 +270,7 @@ def train(plans: Iterable[Plan], case: Case, workers: Workers) -> Outcome:
                 norms.append(record.gradient_norm)
     assert engine is not None
     weights = {name: t for layer in engine.state_dict().values() for name, t in layer.items()}
-    final = make_batch(case, NUM_STEPS, extra_rows=3)
+    final = make_batch(case, case.num_steps, extra_rows=3)
     evaluated, num_targets = engine.evaluate(final)
     assert num_targets == int((final.targets["labels"][:, 1:] != -100).sum())
     logits = engine.forward(final)
@@ -533,6 +559,32 @@ def test_layers_are_restored_in_any_order(workers: Workers) -> None:
     losses = [engine.train_step(make_batch(case, index)).loss for index in range(10, NUM_STEPS)]
     engine.close()
     assert losses == pytest.approx(reference(case).losses[10:], rel=1e-10)
+
+
+FAMILY_PLANS = {
+    "data": PLANS["data"],
+    "pipeline": _plan(
+        *(_stage((i, i + 1), (4, {f"d{i}": 1})) for i in range(3)), _stage((3, 5), (4, {"d3": 1}))
+    ),
+    "hybrid": PLANS["hybrid"],
+    "tensor": _plan(_stage((0, 5), (4, {"d0": 0.25, "d1": 0.75}))),
+}
+
+
+SHARD_KINDS = ("gpt_neox", "opt", "phi3", "qwen3")  # projections in groups, apart, fused; with norms of heads
+
+
+@pytest.mark.parametrize(
+    ("family", "plan"),
+    [(f, p) for f in FAMILIES for p in FAMILY_PLANS if p != "tensor" or f in SHARD_KINDS],
+)
+def test_a_model_found_by_structure_trains_as_one_process_does(
+    family: str, plan: str, workers: Workers
+) -> None:
+    tie = "untied" if family == "phi3" else "tied"
+    case = Case(f"{family}-{tie}", "adamw-clipped", padding="left", num_steps=6)
+    outcome = train([FAMILY_PLANS[plan]], case, workers)
+    assert outcome.difference(reference(case)) < TOLERANCE["float64"]
 
 
 # -- bfloat16 between stages ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colledge.models import HuggingFaceCausalLM
-from colledge.models.huggingface import use_float64_norms
+from colledge.models.float64 import keep_float64
 from colledge.models.lora import StartingValues, is_adapter, peft_config, plain_name
 from colledge.parallel import Engine, EngineSettings, OptimizerSettings
 from colledge.plan import Plan
@@ -100,7 +100,7 @@ def reference(model: str) -> tuple[list[float], dict[str, Tensor]]:
     torch.set_num_threads(1)
     case = Case(model=model)
     plain, weights = _start_weights(case)
-    use_float64_norms(plain)
+    keep_float64(plain)
     structure = _structure(model, SETTINGS[model])
     values = _values(structure, weights)
     adapted = peft.get_peft_model(plain, peft_config(SETTINGS[model]))

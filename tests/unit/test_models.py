@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,39 +14,54 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from colledge.errors import ModelError
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory, Slice, build_model
-from colledge.models.huggingface import _EXACT_TYPES
+from colledge.models.float64 import keep_float64
+from colledge.models.probe import check_parts
 from colledge.models.sharding import unit_range
 
-CONFIGS: dict[str, dict[str, Any]] = {
-    model_type: {
-        "model_type": model_type,
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "intermediate_size": 42,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-    for model_type in _EXACT_TYPES - {"gpt2"}
-}
-CONFIGS["gpt2"] = {
-    "model_type": "gpt2",
+_COMMON: dict[str, Any] = {
     "vocab_size": 40,
-    "n_embd": 32,
-    "n_inner": 42,
-    "n_layer": 3,
-    "n_head": 8,
-    "n_positions": 16,
+    "hidden_size": 32,
+    "intermediate_size": 42,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 3}
+_OPT = {"ffn_dim": 42, "max_position_embeddings": 16, "pad_token_id": 1}
+# name -> what is not as in most, and into how many units its blocks can be cut
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    **dict.fromkeys(
+        ("arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "glm", "granite", "llama"), ({}, 4)
+    ),
+    **dict.fromkeys(("nemotron", "olmo", "phi", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"), ({}, 4)),
+    **dict.fromkeys(("gpt_neox", "persimmon"), ({}, 8)),
+    **dict.fromkeys(("falcon", "bloom", "ctrl", "moshi", "olmo2"), ({}, 1)),
+    "falcon, groups": ({"new_decoder_architecture": True, "num_kv_heads": 4}, 4),
+    "falcon, ALiBi": ({"alibi": True, "multi_query": False}, 1),
+    "gemma": ({"head_dim": 8}, 4),
+    "gemma2": ({"head_dim": 8, "attn_logit_softcapping": 0.1, "final_logit_softcapping": 3.0, **_SLIDING}, 4),
+    "gemma3_text": ({"head_dim": 8, "final_logit_softcapping": 3.0, **_SLIDING}, 4),
+    "gpt2": ({"n_embd": 32, "n_inner": 42, "n_layer": 3, "n_head": 8, "n_positions": 16}, 8),
+    "gptj": ({"rotary_dim": 4, "n_positions": 16}, 8),
+    "mistral": ({"sliding_window": 3}, 4),
+    "mixtral": ({"intermediate_size": 48, "num_local_experts": 4}, 1),
+    "opt": (_OPT, 8),
+    "opt, projected": ({**_OPT, "word_embed_proj_dim": 16}, 8),
+    "opt, norm after": ({**_OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, 8),
+    "qwen2, sliding": ({"use_sliding_window": True, **_SLIDING}, 4),
+    "qwen3_moe": ({"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}, 1),
+    "smollm3": ({"no_rope_layers": [1, 0, 1]}, 4),
+    "stablelm, head norms": ({"qk_layernorm": True}, 1),
 }
 MAIN = ("llama", "qwen2", "gpt2")
+SHARDED = (*MAIN, "opt", "phi3", "qwen3", "gpt_neox")
 
 
 class _OneShard:
@@ -58,13 +75,14 @@ class _OneShard:
 
 
 def _model(model_type: str, **changes: Any) -> HuggingFaceCausalLM:
-    return HuggingFaceCausalLM({**CONFIGS[model_type], **changes})
+    special = KINDS[model_type][0]
+    return HuggingFaceCausalLM({**_COMMON, "model_type": model_type.partition(",")[0], **special, **changes})
 
 
 def _whole(model: HuggingFaceCausalLM) -> torch.nn.Module:
     torch.manual_seed(0)
     whole: torch.nn.Module = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**model.spec.config), dtype=torch.float32, attn_implementation="sdpa"
+        AutoConfig.for_model(**model.spec.config), dtype=torch.float32
     )
     with torch.no_grad():
         for parameter in whole.parameters():
@@ -113,17 +131,29 @@ def test_stages_give_the_whole_model_bit_for_bit(model_type: str, tied: bool, cu
         assert torch.equal(_composed(model, whole, cuts, masked), _logits(whole, masked))
 
 
-@pytest.mark.parametrize("model_type", sorted(_EXACT_TYPES))
-def test_every_type_that_is_taken_stays_exact(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", KINDS)
+def test_any_model_built_so_stays_exact(model_type: str) -> None:
     model = _model(model_type)
     whole = _whole(model)
-    assert torch.equal(_composed(model, whole, [0, 2, 4, 5], True), _logits(whole, True))
+    assert model.layer_names == ("embedding", "block.0", "block.1", "block.2", "head")
+    for cuts, masked in (([0, 1, 2, 3, 4, 5], True), ([0, 1, 2, 3, 4, 5], False), ([0, 2, 4, 5], True)):
+        assert torch.equal(_composed(model, whole, cuts, masked), _logits(whole, masked))
 
 
-def test_a_model_that_scales_between_its_modules_is_refused() -> None:
-    config = {**CONFIGS["llama"], "model_type": "granite", "embedding_multiplier": 12.0}
-    with pytest.raises(ModelError, match="'granite' is not known to stay exact"):
-        HuggingFaceCausalLM(config)
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("mistral", {"sliding_window": 16}),
+        ("gemma2", {"attn_logit_softcapping": None}),
+        ("gemma2", {"sliding_window": 16}),
+        ("gemma3_text", {"sliding_window": 16}),
+        ("smollm3", {"no_rope_layers": [1, 1, 1]}),
+    ],
+    ids=str,
+)
+def test_the_variants_of_attention_are_at_work(model_type: str, change: dict[str, Any]) -> None:
+    with_it, without = _whole(_model(model_type)), _whole(_model(model_type, **change))
+    assert not torch.equal(_logits(with_it, True), _logits(without, True))
 
 
 @pytest.mark.parametrize("model_type", MAIN)
@@ -158,7 +188,7 @@ def test_a_spec_is_plain_data_without_dropout(model_type: str) -> None:
 
 
 @pytest.mark.parametrize("edges", [[0, 3, 4], [0, 1, 4], [0, 2, 3, 4], [0, 1, 2, 3, 4]], ids=str)
-@pytest.mark.parametrize("model_type", MAIN)
+@pytest.mark.parametrize("model_type", SHARDED)
 def test_uneven_shards_cover_every_entry_once(model_type: str, edges: list[int]) -> None:
     model = _model(model_type)
     if model.shard_units == 8:  # 5/3 of 8 and the like
@@ -184,7 +214,7 @@ def test_uneven_shards_cover_every_entry_once(model_type: str, edges: list[int])
             count += ones
         assert torch.equal(again, parameter)
         assert torch.equal(count, torch.ones_like(count))
-    assert sharded >= 3 * 6
+    assert sharded >= 3 * 4  # fused, fused and gated: no fewer linears
 
 
 def test_a_slice_of_fused_projections_takes_its_part_of_each() -> None:
@@ -204,8 +234,12 @@ def test_columns_fall_to_the_nearest_unit() -> None:
 @pytest.mark.parametrize(
     ("model_type", "found"),
     [
-        ("bert", "embeddings: BertEmbeddings, encoder: BertEncoder"),
-        ("opt", "decoder: OPTDecoder"),
+        ("bert", "the embedding 'bert.embeddings.word_embeddings' or the head 'cls.predictions.decoder'"),
+        (
+            "gemma3",
+            "model.vision_tower.encoder.layers: 12 SiglipEncoderLayer, model.language_model.layers: 26",
+        ),
+        ("deepseek_v3", "weights that are not parameters: model.layers.10.mlp.gate.e_score_correction_bias"),
         ("t5", "T5Config"),
         ("vit", "ViTConfig"),
     ],
@@ -220,7 +254,7 @@ def test_a_structure_that_is_not_known_is_shown(model_type: str, found: str) -> 
 
 
 def test_blocks_that_cannot_be_sharded_have_one_unit() -> None:
-    model = _model("qwen3")  # it normalises queries and keys by weights of their own
+    model = _model("olmo2")  # it normalises all heads' queries together
     assert model.shard_units == 1
     with pytest.raises(ModelError, match=r"cannot be cut into shards.*plan without tensor parallelism"):
         model.slices("model.layers.0.self_attn.q_proj.weight", (0, 1))
@@ -238,7 +272,7 @@ def test_blocks_that_cannot_be_sharded_have_one_unit() -> None:
     ids=str,
 )
 def test_a_configuration_that_makes_no_sense_is_one_line(changes: dict[str, Any], tmp_path: Path) -> None:
-    config = {**CONFIGS["llama"], **changes}
+    config = {**_COMMON, "model_type": "llama", **changes}
     with pytest.raises(ModelError) as refused:
         HuggingFaceCausalLM(config)
     assert "\n" not in str(refused.value)
@@ -246,6 +280,86 @@ def test_a_configuration_that_makes_no_sense_is_one_line(changes: dict[str, Any]
     with pytest.raises(ModelError) as refused:
         HuggingFaceCausalLM.from_directory(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+# -- the probe -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_the_probe_passes_what_is_exact(model_type: str) -> None:
+    model = _model(model_type)
+    assert model.shard_units == KINDS[model_type][1]
+    check_parts(model)
+
+
+@pytest.mark.parametrize("model_type", MAIN)
+def test_the_probe_is_quick_for_large_models(model_type: str) -> None:
+    model = HuggingFaceCausalLM({"model_type": model_type})  # 7 billion parameters, for Llama
+    began_s = time.process_time()
+    check_parts(model)
+    assert time.process_time() - began_s < 3  # about 0.3 on an idle machine
+
+
+class _LeakyBlock(LlamaDecoderLayer):
+    """Uses what came into the first block, beside its own input."""
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        if self.self_attn.layer_idx == 0:
+            kwargs["position_embeddings"][0].first = hidden_states
+        output: Tensor = super().forward(hidden_states, **kwargs)
+        return output + getattr(kwargs["position_embeddings"][0], "first", torch.zeros(()))
+
+
+def test_the_probe_sees_what_passes_beside_the_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer", _LeakyBlock)
+    with pytest.raises(
+        ModelError, match=r"'llama' is not exact when it is cut: block\.1 alone does not give"
+    ):
+        check_parts(_model("llama"))
+
+
+def test_the_probe_sees_shards_that_are_cut_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("colledge.models.sharding._GROUPED", ("query_key_value", "qkv_proj"))
+    with pytest.raises(ModelError, match=r"'phi3' is not exact.*shard"):
+        check_parts(_model("phi3"))
+
+
+def test_the_probe_sees_random_numbers() -> None:
+    model = HuggingFaceCausalLM({"model_type": "phimoe", "num_hidden_layers": 2})  # it jitters its router
+    with pytest.raises(ModelError, match="'phimoe' is not exact when it is cut"):
+        check_parts(model)
+
+
+def test_a_model_opened_from_files_is_probed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(_model("llama").config.to_dict()))
+    assert HuggingFaceCausalLM.from_directory(tmp_path).shard_units == 4
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaDecoderLayer", _LeakyBlock)
+    with pytest.raises(ModelError, match="not exact when it is cut"):
+        HuggingFaceCausalLM.from_directory(tmp_path)
+
+
+# -- float64 -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "gemma2", "gemma3_text", "cohere", "nemotron", "olmo", "opt"]
+)
+def test_float64_is_kept_throughout(model_type: str) -> None:
+    """In float64 the library's code computes what it does in float32, and rounds nothing to float32 on its way."""
+    single = _whole(_model(model_type))
+    rounding, kept = copy.deepcopy(single).double(), copy.deepcopy(single).double()
+    keep_float64(kept)
+    ids = _batch()[0]
+    x = torch.randn(5, 9, single.get_input_embeddings().embedding_dim, dtype=torch.float64)  # type: ignore[operator]
+    with torch.no_grad():
+        assert torch.allclose(kept(input_ids=ids).logits.float(), single(input_ids=ids).logits, atol=1e-5)
+        moves = [
+            float((model(inputs_embeds=x * (1 + 1e-12)).logits - model(inputs_embeds=x).logits).abs().max())
+            for model in (kept, rounding)
+        ]
+    assert 0 < moves[0] < 1e-10
+    if model_type not in ("nemotron", "opt"):  # whose norms and attention are PyTorch's own
+        assert moves[1] == 0 or moves[1] > 1e-10
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""A stage: the library's own causal model, other stages' modules taken out, run by the library's own forward.
+
+    boundary i is what block i is called with; the last one, what the last block gives
+
+    stage of       embedding   block 0    block 1   block 2   block 3     norm    head
+    blocks 1, 2    nothing     passes on  in ─▶     ─▶ ─▶     ─▶ out      never called
+
+What the library does between embedding and blocks (scaling, positions, norms) counts in the first stage only,
+whatever it is; what it makes for all blocks (masks, rotary positions) it makes in every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colledge.models.layered import BatchRows, StageModule
+from colledge.models.lora import RowDropout
+from colledge.models.structure import Structure, hidden_states, with_hidden_states
+
+
+class _Nothing(nn.Module):
+    """Stands in for another stage's module beside the blocks: gives hidden states back, of all else zero."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        return x if x.is_floating_point() and x.dim() == 3 else torch.zeros((), device=x.device)
+
+
+class _OtherBlock(nn.Module):
+    """Stands in for another stage's block, whose settings the library may ask for; passes hidden states on."""
+
+    def __init__(self, block: nn.Module, num_outputs: int | None) -> None:
+        super().__init__()
+        vars(self).update({name: value for name, value in vars(block).items() if name not in vars(self)})
+        self._num_outputs = num_outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        x = hidden_states(args, kwargs)
+        return x if self._num_outputs is None else (x, *(None for _ in range(self._num_outputs - 1)))
+
+
+class _End(Exception):
+    """The library's forward has come to the end of the stage, with these hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+class Stage(StageModule):
+    """A trimmed causal model: `forward(x, context)` as the engine calls it.
+
+    Args:
+        causal_lm: The whole model, on the meta device; trimmed in place, what stays keeps its name.
+        structure: Where its layers are.
+        layers: The half-open range of layers.
+    """
+
+    def __init__(self, causal_lm: nn.Module, structure: Structure, layers: tuple[int, int]) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self._first, self._last = layers[0] == 0, layers[1] == structure.num_layers
+        self._x: Tensor | None = None
+        blocks = causal_lm.get_submodule(structure.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        kept = structure.blocks_of(layers)
+        for index, block in enumerate(blocks):
+            if index not in kept:
+                blocks[index] = _OtherBlock(block, structure.num_outputs)
+        gone = (() if self._first else structure.before) + (() if self._last else structure.after)
+        for path in gone:
+            causal_lm.set_submodule(path, _Nothing())
+        if not self._first and kept.start < structure.num_blocks:
+            blocks[kept.start].register_forward_pre_hook(self._enter_block, with_kwargs=True)
+        elif not self._first:
+            blocks[-1].register_forward_hook(self._enter_head)
+        if not self._last and kept.stop < structure.num_blocks:
+            blocks[kept.stop].register_forward_pre_hook(self._leave_at_block, with_kwargs=True)
+        elif not self._last:
+            blocks[-1].register_forward_hook(self._leave_at_head)
+
+        self._dropouts = [m for m in causal_lm.modules() if isinstance(m, RowDropout)]
+
+    def next_rows(self, rows: BatchRows | None) -> None:
+        """Say which rows of the batch the next forwards compute; None is evaluation."""
+        for dropout in self._dropouts:
+            dropout.rows = rows
+
+    def forward(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Return the logits, or the hidden states at the stage's end, (rows, sequence, width)."""
+        self._x = x
+        inputs = {"input_ids": x} if self._first else {"inputs_embeds": torch.zeros_like(x)}
+        try:
+            logits: Tensor = self.causal_lm(**inputs, **context, use_cache=False).logits
+        except _End as end:
+            return end.hidden
+        finally:
+            self._x = None
+        return logits
+
+    def _enter_block(
+        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        assert self._x is not None
+        return with_hidden_states(self._x, args, kwargs)
+
+    def _enter_head(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        return self._x if isinstance(output, Tensor) else (self._x, *output[1:])
+
+    def _leave_at_block(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _End(hidden_states(args, kwargs))
+
+    def _leave_at_head(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        raise _End(output if isinstance(output, Tensor) else output[0])

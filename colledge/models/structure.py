@@ -1,0 +1,194 @@
+"""Where the layers of a causal model are, found from its modules and not from its name.
+
+    causal model                 the order in which its forward calls modules decides whose parameters are whose
+      base model (may be nested)
+        input embedding ...      called before the first block: layer "embedding"
+        one list of blocks       layers "block.0" ... "block.N-1"
+        final norm ...           the rest: layer "head"
+      head
+
+What does not fit is refused, naming the modules. Whether the parts give the whole is for `probe` to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from colledge.errors import ModelError
+
+_FIX = "use a decoder-only causal model of one list of blocks, such as Llama, Qwen3, Gemma 3 or GPT-2."
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Paths of modules in a causal model.
+
+    Attributes:
+        blocks: The list of blocks.
+        num_blocks: How many there are.
+        before: The modules with parameters that run before the blocks.
+        after: The other modules with parameters.
+        embedding: The input embedding, one of `before`.
+        head: The linear that gives the logits, one of `after`.
+        hidden_size: The width of what goes from block to block.
+        num_outputs: A block returns a tuple of so many values, hidden states first; None: hidden states only.
+        alibi: The blocks are given ALiBi's slopes, which belong to heads.
+    """
+
+    blocks: str
+    num_blocks: int
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    embedding: str
+    head: str
+    hidden_size: int
+    num_outputs: int | None
+    alibi: bool
+
+    @property
+    def num_layers(self) -> int:
+        """The blocks, the embedding and the head."""
+        return self.num_blocks + 2
+
+    def blocks_of(self, layers: tuple[int, int]) -> range:
+        """Return the indices of the blocks in a half-open range of layers."""
+        return range(max(layers[0] - 1, 0), min(layers[1] - 1, self.num_blocks))
+
+    def modules_of(self, layer_index: int) -> tuple[str, ...]:
+        """Return the paths of a layer's modules."""
+        if layer_index == 0:
+            return self.before
+        return self.after if layer_index > self.num_blocks else (f"{self.blocks}.{layer_index - 1}",)
+
+
+def find_structure(model: nn.Module) -> Structure:
+    """Return where the layers of a causal model on the meta device are.
+
+    Raises:
+        ModelError: It is not embeddings, one list of blocks, and a head; the message names what was found.
+    """
+    paths = {id(module): path for path, module in model.named_modules()}
+    embedding, head = _path_of(model, paths, "input"), _path_of(model, paths, "output")
+    blocks, num_blocks = _list_of_blocks(model)
+    if embedding is None or head is None:
+        raise _refusal(model, f"no input embedding and no head beside {blocks!r}")
+    parts = _parts(model, blocks)
+    called, block = _trace(model, parts, blocks)
+    before = tuple(path for path in parts if path == embedding or path in called)
+    after = tuple(path for path in parts if path not in before)
+    if embedding not in before or head not in after:
+        raise _refusal(model, f"the embedding {embedding!r} or the head {head!r} inside another module")
+    alibi = block.kwargs.get("alibi") is not None
+    return Structure(
+        blocks, num_blocks, before, after, embedding, head, block.width, block.num_outputs, alibi
+    )
+
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states that a module is called with, positional or by keyword."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def with_hidden_states(
+    x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a module's call with other hidden states."""
+    return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
+
+
+def _refusal(model: nn.Module, seen: str) -> ModelError:
+    return ModelError(f"{type(model).__name__} cannot be cut into layers: {seen}.", fix=_FIX)
+
+
+def _path_of(model: nn.Module, paths: dict[int, str], side: str) -> str | None:
+    try:
+        module = getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return None
+    return paths.get(id(module))
+
+
+def _list_of_blocks(model: nn.Module) -> tuple[str, int]:
+    lists: dict[str, nn.ModuleList] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
+            lists[path] = module
+    if len(lists) != 1:
+        found = ", ".join(
+            f"{path}: {len(blocks)} {type(blocks[0]).__name__}" for path, blocks in lists.items()
+        )
+        raise _refusal(model, f"wanted one list of blocks, found {found or 'none'}")
+    ((path, blocks),) = lists.items()
+    return path, len(blocks)
+
+
+def _parts(model: nn.Module, blocks: str) -> tuple[str, ...]:
+    """Return the modules with parameters beside the list of blocks; refuse parameters that are in none."""
+    names = blocks.split(".")
+    parts: list[str] = []
+    for depth in range(len(names)):
+        parent = ".".join(names[:depth])
+        module = model.get_submodule(parent)
+        prefix = f"{parent}." if parent else ""
+        own = [prefix + name for name, _ in module.named_parameters(recurse=False)]
+        if own:
+            raise _refusal(model, f"parameters outside its layers: {', '.join(own[:4])}")
+        parts += [
+            prefix + name
+            for name, child in module.named_children()
+            if name != names[depth] and next(child.parameters(), None) is not None
+        ]
+    return tuple(parts)
+
+
+class _FirstBlock(Exception):
+    """The trace has come to the first block, whose call this is."""
+
+    width: int
+    num_outputs: int | None = None
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.positional, self.kwargs = args, kwargs
+        self.width = hidden_states(args, kwargs).shape[-1]
+
+
+def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[str], _FirstBlock]:
+    """Run the model up to its first block, and that one, without values; also return the parts that ran before."""
+    called: set[str] = set()
+    first = model.get_submodule(f"{blocks}.0")
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstBlock(args, kwargs)
+
+    hooks = [first.register_forward_pre_hook(stop, with_kwargs=True)]
+    for path in parts:
+        note = model.get_submodule(path).register_forward_pre_hook
+        hooks.append(note(lambda _module, _args, path=path: called.add(path)))
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            ids = torch.zeros((2, 8), dtype=torch.long, device="meta")
+            try:
+                model(input_ids=ids, use_cache=False)
+                raise _refusal(model, f"its forward does not run {blocks}.0")
+            except _FirstBlock as reached:
+                block = reached
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            output = first(*block.positional, **block.kwargs)
+            block.num_outputs = None if isinstance(output, Tensor) else len(output)
+    except ModelError:
+        raise
+    except Exception as fault:
+        line = " ".join(str(fault).split())
+        raise _refusal(
+            model, f"its forward does not run without values ({type(fault).__name__}: {line[:200]})"
+        ) from None
+    return called, block
