@@ -15,6 +15,8 @@ WirePrecision = Literal["bfloat16"]  # of what travels between pipeline stages; 
 
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate; the last two fall to 0
 
+NarrowPrecision = Literal["bfloat16"]  # of products alone, or of frozen weights in memory
+
 LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 
 ITEM_BYTES: Mapping[Precision, int] = {"float64": 8, "float32": 4, "bfloat16": 2}

@@ -281,6 +281,19 @@ def export(
 
 
 @app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A run's output folder, or a model's or an adapter's.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+) -> None:
+    """Try a trained model on this device: print what it goes on with."""
+    from colledge.launch.generating import generate as go_on
+
+    typer.echo(go_on(folder, prompt, max_new_tokens, chat))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the demo's files go.")] = Path("demo"),
     steps: Annotated[int, typer.Option(help="Steps to train.", min=1)] = 300,

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from colledge.errors import ColledgeError, LaunchError
+from colledge.launch.inputs import open_model
 from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.stop import StopRequest
 from colledge.launch.training import Training
@@ -39,7 +40,7 @@ def run_job(job: Job, world: World, stop: StopRequest) -> None:
             fix="start exactly the lines that --print-commands prints.",
         )
     ranks = {device: rank for rank, device in enumerate(job.devices, start=1)}
-    model = HuggingFaceCausalLM.from_directory(job.model, job.run.adapters)
+    model = open_model(job.run, job.model)
     if job.kind == "profile":
         _profile(job, world, ranks, model)
     else:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from colledge.data import Example, Rows, Tokenizer, make_rows, read_examples, split_examples
 from colledge.errors import DataError, ModelError
 from colledge.launch.run_config import DataConfig, RunConfig
+from colledge.models import HuggingFaceCausalLM
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -38,6 +39,15 @@ def find_model(name: str) -> Path:
             f"model {name!r} is no local directory and cannot be fetched from the hub ({line}).",
             fix="give a local path such as ./my-model, or log in, or unset HF_HUB_OFFLINE.",
         ) from None
+
+
+def open_model(run: RunConfig, folder: Path) -> HuggingFaceCausalLM:
+    """Return a run's model: the structure in its folder, trained as the run says.
+
+    Raises:
+        ModelError: It cannot be cut into layers, or the adapters do not fit it.
+    """
+    return HuggingFaceCausalLM.from_directory(folder, run.adapters, run.mixed_precision, run.frozen_precision)
 
 
 @dataclass(frozen=True)

@@ -415,6 +415,8 @@ class _Profiler:
             layers=layers,
             timings=tuple(timings),
             precision=self._training.precision,
+            mixed_precision=self._model.spec.mixed_precision,
+            frozen_precision=self._model.spec.frozen_precision,
         )
         for line in noise_warnings(pool, profile):
             self._say(line)

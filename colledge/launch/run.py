@@ -16,7 +16,7 @@ from rich.console import Console
 
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import modelling, planning
-from colledge.launch.inputs import RunData, find_model, load_data
+from colledge.launch.inputs import RunData, find_model, load_data, open_model
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
@@ -74,7 +74,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
             fix="list real devices in pool.yaml.",
         )
     folder = find_model(run.model)
-    model = HuggingFaceCausalLM.from_directory(folder, run.adapters)
+    model = open_model(run, folder)
     notes: tuple[str, ...] = ()
     if with_data:
         check_tracker(run.report_to)
@@ -185,6 +185,8 @@ def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
         and tuple(layer.name for layer in model.layers) == inputs.model.layer_names
         and model.sequence_length == inputs.run.data.sequence_length
         and model.precision in (None, inputs.run.precision)
+        and model.mixed_precision == inputs.run.mixed_precision
+        and model.frozen_precision == inputs.run.frozen_precision
         and _trained_bytes(inputs) == [layer.trainable_parameter_bytes for layer in model.layers]
     )
     return profiles if same else None

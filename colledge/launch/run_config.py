@@ -35,6 +35,7 @@ from colledge.settings import (
     Emulation,
     LoraSettings,
     LossOn,
+    NarrowPrecision,
     OptimizerSettings,
     Precision,
     WirePrecision,
@@ -95,6 +96,8 @@ class RunConfig(Record):
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(default=100, ge=1, strict=True)
     precision: Precision = "float32"
+    mixed_precision: NarrowPrecision | None = None
+    frozen_precision: NarrowPrecision | None = None
     wire_precision: WirePrecision | None = None
     seed: int = Field(default=0, ge=0, strict=True)
     pool: Path
@@ -130,6 +133,10 @@ class RunConfig(Record):
             )
         if self.lora is not None and self.method != "lora":
             raise ValueError(f"lora has settings and method is {self.method!r}; set method: lora")
+        if self.frozen_precision is not None and self.method != "lora":
+            raise ValueError("frozen_precision is for method: lora; else no weight is frozen")
+        if self.precision != "float32" and self.mixed_precision is not None:
+            raise ValueError(f"mixed_precision needs precision: float32, saw {self.precision}")
         return self
 
     @property

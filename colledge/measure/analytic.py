@@ -53,7 +53,7 @@ def model_profile_from_config(
             fix=f"use a sequence length of at most {positions}.",
         )
     AttentionInterface.register(_CAUSAL_ATTENTION, sdpa_attention_forward)
-    valueless = _ValuelessModel(model.spec.config, model.spec.lora)
+    valueless = _ValuelessModel.from_spec(model.spec)
     with FakeTensorMode(allow_non_fake_inputs=True):
         layers = count_model(valueless, sequence_length, DTYPES[precision], loss, _NoUpdate)
     return ModelProfile(
@@ -63,6 +63,8 @@ def model_profile_from_config(
         layers=layers,
         provenance="modelled",
         precision=precision,
+        mixed_precision=model.spec.mixed_precision,
+        frozen_precision=model.spec.frozen_precision,
     )
 
 

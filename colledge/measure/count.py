@@ -68,7 +68,7 @@ def count_layer(workload: Workload, layer_index: int) -> LayerProfile:
     return LayerProfile(
         name=model.layer_names[layer_index],
         kind=model.layer_kinds[layer_index],
-        parameter_bytes=sum(prod(shape) for shape in shapes.values()) * dtype.itemsize,
+        parameter_bytes=sum(prod(s) * model.dtype_of(name, dtype).itemsize for name, s in shapes.items()),
         trainable_parameter_bytes=sum(map(prod, trained)) * dtype.itemsize,
         output_bytes_per_sample=0 if is_last else boundary_bytes,
         saved_bytes_per_sample=max(saved[2] - saved[1], 0),

@@ -14,4 +14,4 @@ def build_model(spec: ModelSpec) -> LayeredModel:
     """
     match spec.family:
         case "huggingface":
-            return HuggingFaceCausalLM(spec.config, spec.lora)
+            return HuggingFaceCausalLM.from_spec(spec)

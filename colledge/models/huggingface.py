@@ -25,6 +25,7 @@ from colledge.errors import ModelError
 from colledge.models.float64 import keep_float64
 from colledge.models.layered import ModelSpec, StageModule
 from colledge.models.lora import attach_adapters, cut_adapters, is_adapter, plain_name
+from colledge.models.precision import HELD, hold_frozen
 from colledge.models.probe import check_parts
 from colledge.models.sharding import (
     ShardedBlock,
@@ -37,7 +38,7 @@ from colledge.models.sharding import (
 )
 from colledge.models.stage import Stage
 from colledge.models.structure import find_structure
-from colledge.settings import LoraSettings
+from colledge.settings import LoraSettings, NarrowPrecision
 
 _BAD_CONFIGURATION = (
     *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError),
@@ -51,6 +52,8 @@ class HuggingFaceCausalLM:
     Args:
         config: The model's configuration as plain data (`config.to_dict()`).
         lora: Adapters to train, everything else frozen; None trains all.
+        mixed_precision: Of products, instead of that of activations.
+        frozen_precision: Of frozen matrices in memory.
 
     Raises:
         ModelError: The structure is not embeddings -> blocks -> norm -> head; the message shows what was found.
@@ -59,7 +62,13 @@ class HuggingFaceCausalLM:
     input_name = "input_ids"
     context_names = ("attention_mask",)
 
-    def __init__(self, config: Mapping[str, Any], lora: LoraSettings | None = None) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        lora: LoraSettings | None = None,
+        mixed_precision: NarrowPrecision | None = None,
+        frozen_precision: NarrowPrecision | None = None,
+    ) -> None:
         values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
         try:
             whole = AutoConfig.for_model(**values).to_dict()  # dropout would depend on the plan
@@ -70,12 +79,29 @@ class HuggingFaceCausalLM:
         except _BAD_CONFIGURATION as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"the model's configuration cannot be used ({line[:300]}).") from None
-        self.spec = ModelSpec(family="huggingface", config=values, lora=lora)
+        self.spec = ModelSpec(
+            family="huggingface",
+            config=values,
+            lora=lora,
+            mixed_precision=mixed_precision,
+            frozen_precision=frozen_precision,
+        )
         self._find_structure()
         self._find_parameters()
 
     @classmethod
-    def from_directory(cls, directory: Path, lora: LoraSettings | None = None) -> HuggingFaceCausalLM:
+    def from_spec(cls, spec: ModelSpec) -> HuggingFaceCausalLM:
+        """Return the model that a spec describes."""
+        return cls(spec.config, spec.lora, spec.mixed_precision, spec.frozen_precision)
+
+    @classmethod
+    def from_directory(
+        cls,
+        directory: Path,
+        lora: LoraSettings | None = None,
+        mixed_precision: NarrowPrecision | None = None,
+        frozen_precision: NarrowPrecision | None = None,
+    ) -> HuggingFaceCausalLM:
         """Return the model whose configuration is in a directory that `save_pretrained` wrote.
 
         Raises:
@@ -92,7 +118,7 @@ class HuggingFaceCausalLM:
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         model = cls(config.to_dict())
         check_parts(model)
-        return model if lora is None else cls(config.to_dict(), lora)
+        return cls(config.to_dict(), lora, mixed_precision, frozen_precision)
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
@@ -221,6 +247,11 @@ class HuggingFaceCausalLM:
         """Return whether a parameter is trained; others are frozen."""
         return name in self._trained
 
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which a parameter is held where the model is built with `dtype`."""
+        held = self.spec.frozen_precision is not None and len(self._shapes[name]) == 2
+        return HELD if held and not self.trains(name) else dtype
+
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that a shard holds; None is all of it."""
         if name.startswith(f"{self.structure.head}.") and self._head_sharding is not None:
@@ -262,7 +293,7 @@ class HuggingFaceCausalLM:
     ) -> tuple[StageModule, dict[str, nn.Parameter]]:
         """Return a stage's module on the CPU, values not set, and its parameters by their whole-model names."""
         model = self._adapted_skeleton(dtype)
-        stage = Stage(model, self.structure, layers)
+        stage = Stage(model, self.structure, layers, dtype, self.spec.mixed_precision is not None)
         if units is not None:
             assert ops is not None
             for index in self.structure.blocks_of(layers):
@@ -271,6 +302,8 @@ class HuggingFaceCausalLM:
                 cut_adapters(block, self._block_sharding(index), units, self.shard_units)
             if layers[1] == len(self.layer_names) and self._head_sharding is not None:
                 shard_head(model, self._head_sharding, units, self.shard_units, ops)
+        if self.spec.frozen_precision is not None:
+            hold_frozen(model)
         if dtype is torch.float64:
             keep_float64(stage)
         _materialise(model, dtype)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from colledge.models.sharding import ShardOps, Slice
 from colledge.records import Record
-from colledge.settings import LoraSettings
+from colledge.settings import LoraSettings, NarrowPrecision
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -29,11 +29,16 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 class ModelSpec(Record):
-    """All that a device needs to build its part of a model: a family, its configuration and adapters, as plain data."""
+    """All that a device needs to build its part of a model, as plain data: a family, its configuration and adapters.
+
+    `mixed_precision` is that of products, `frozen_precision` that of frozen weights in memory; None is the run's own.
+    """
 
     family: Literal["huggingface"]
     config: dict[str, Any]
     lora: LoraSettings | None = None
+    mixed_precision: NarrowPrecision | None = None
+    frozen_precision: NarrowPrecision | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,9 @@ class LayeredModel(Protocol):
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter is trained; others are frozen."""
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Return the type in which a parameter is held where the model is built with `dtype`."""
 
     def slices(self, name: str, units: tuple[int, int]) -> Slice | None:
         """Return the part of a parameter that the shard with these units holds; None is all of it."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from colledge.models.layered import BatchRows, StageModule
 from colledge.models.lora import RowDropout
+from colledge.models.precision import WideProducts
 from colledge.models.structure import Structure, hidden_states, with_hidden_states
 
 
@@ -57,10 +58,20 @@ class Stage(StageModule):
         causal_lm: The whole model, on the meta device; trimmed in place, what stays keeps its name.
         structure: Where its layers are.
         layers: The half-open range of layers.
+        dtype: Of activations.
+        mixed: Whether products are computed in bfloat16 (torch.autocast).
     """
 
-    def __init__(self, causal_lm: nn.Module, structure: Structure, layers: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        causal_lm: nn.Module,
+        structure: Structure,
+        layers: tuple[int, int],
+        dtype: torch.dtype,
+        mixed: bool,
+    ) -> None:
         super().__init__()
+        self._dtype, self._mixed = dtype, mixed
         self.causal_lm = causal_lm
         self._first, self._last = layers[0] == 0, layers[1] == structure.num_layers
         self._x: Tensor | None = None
@@ -93,10 +104,12 @@ class Stage(StageModule):
         """Return the logits, or the hidden states at the stage's end, (rows, sequence, width)."""
         self._x = x
         inputs = {"input_ids": x} if self._first else {"inputs_embeds": torch.zeros_like(x)}
+        mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=self._mixed)
         try:
-            logits: Tensor = self.causal_lm(**inputs, **context, use_cache=False).logits
+            with WideProducts(self._dtype), mixed:
+                logits: Tensor = self.causal_lm(**inputs, **context, use_cache=False).logits
         except _End as end:
-            return end.hidden
+            return end.hidden.to(self._dtype)
         finally:
             self._x = None
         return logits

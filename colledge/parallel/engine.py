@@ -146,7 +146,7 @@ class Engine:
                     f"{parameter!r} has shape {list(tensor.shape)}, wanted {list(shape)}.",
                     fix="give the weights of this very model.",
                 )
-            values[parameter] = tensor.to(self._dtype)
+            values[parameter] = tensor.to(self.model.dtype_of(parameter, self._dtype))
         return values
 
     def _write_layer(self, name: str, values: Mapping[str, Tensor], optimizer_step: int | None) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from colledge.profiles.device import Source
 from colledge.records import Record
-from colledge.settings import Precision
+from colledge.settings import NarrowPrecision, Precision
 
 
 class TensorProfile(Record):
@@ -73,6 +73,7 @@ class ModelProfile(Record):
     `provenance` says where the layers' bytes and FLOPs come from: counted on a real device (`measured`), or
     from the configuration alone (`modelled`). Timings are always measured; a device kind without any is timed
     from FLOPs and the rates of its power mode. `precision` is that of parameters and activations; None is unknown.
+    `mixed_precision` is that of products, `frozen_precision` that of frozen weights in memory, where they differ.
     """
 
     schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
@@ -82,6 +83,8 @@ class ModelProfile(Record):
     timings: tuple[Timing, ...] = ()
     provenance: Source = "measured"
     precision: Precision | None = None
+    mixed_precision: NarrowPrecision | None = None
+    frozen_precision: NarrowPrecision | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ModelProfile:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import Trainer
 
 from colledge.models import HuggingFaceCausalLM
 from colledge.models.float64 import keep_float64
@@ -77,8 +78,9 @@ def _plans(num_layers: int) -> dict[str, Plan]:
 PLANS = tuple(_plans(5))
 
 
-def _structure(model: str, settings: LoraSettings) -> HuggingFaceCausalLM:
-    return HuggingFaceCausalLM(_config(model).to_dict(), settings)
+def _structure(model: str, settings: LoraSettings, held: bool = False) -> HuggingFaceCausalLM:
+    frozen = "bfloat16" if held else None
+    return HuggingFaceCausalLM(_config(model).to_dict(), settings, frozen_precision=frozen)
 
 
 def _values(structure: HuggingFaceCausalLM, weights: dict[str, Tensor]) -> StartingValues:
@@ -95,8 +97,13 @@ def _values(structure: HuggingFaceCausalLM, weights: dict[str, Tensor]) -> Start
 
 
 @cache
-def reference(model: str) -> tuple[list[float], dict[str, Tensor]]:
-    """Train with PEFT in this process; return the losses, and what was trained by its plain name."""
+def reference(model: str, held: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+    """Train with PEFT in this process; return the losses, and what was trained by its plain name.
+
+    Args:
+        model: Which one.
+        held: Whether frozen matrices are rounded to bfloat16 before.
+    """
     torch.set_num_threads(1)
     case = Case(model=model)
     plain, weights = _start_weights(case)
@@ -111,9 +118,19 @@ def reference(model: str) -> tuple[list[float], dict[str, Tensor]]:
     }
     for name, parameter in trained.items():
         parameter.data = values[name].double().clone()
-    optimizer = torch.optim.AdamW(
-        trained.values(), lr=OPTIMIZER.learning_rate, weight_decay=OPTIMIZER.weight_decay
-    )
+    for parameter in adapted.parameters():
+        if held and not parameter.requires_grad and parameter.dim() == 2:
+            parameter.data = parameter.bfloat16().double()
+    decaying = set(Trainer.get_decay_parameter_names(cast(Any, None), adapted))
+    names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+    groups = [
+        {
+            "params": [p for p in trained.values() if (names[id(p)] in decaying) == decays],
+            "weight_decay": decay,
+        }
+        for decays, decay in ((True, OPTIMIZER.weight_decay), (False, 0.0))
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=OPTIMIZER.learning_rate)
     losses = []
     for index in range(NUM_STEPS):
         batch = make_batch(case, index)
@@ -129,9 +146,9 @@ def reference(model: str) -> tuple[list[float], dict[str, Tensor]]:
 
 
 def train(
-    plan: Plan, model: str, settings: LoraSettings, workers: Workers
+    plan: Plan, model: str, settings: LoraSettings, workers: Workers, held: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
-    case, structure = Case(model=model), _structure(model, settings)
+    case, structure = Case(model=model), _structure(model, settings, held)
     _, weights = _start_weights(case)
     engine = Engine(
         plan,
@@ -172,6 +189,14 @@ def test_what_is_dropped_does_not_depend_on_the_plan(model: str, workers: Worker
     for other in others:
         assert _difference(other, alone) <= TOLERANCE
     assert _difference(alone, reference(model)) > 0.01  # something is dropped
+
+
+@pytest.mark.parametrize("model", SETTINGS)
+def test_frozen_weights_held_in_bfloat16_are_widened_for_every_product(model: str, workers: Workers) -> None:
+    plan = _plans(len(_structure(model, SETTINGS[model]).layer_names))["replicas before shards"]
+    trained = train(plan, model, SETTINGS[model], workers, held=True)
+    assert _difference(trained, reference(model, held=True)) <= TOLERANCE
+    assert _difference(trained, reference(model)) > 1e-4  # something is rounded
 
 
 def test_only_adapters_and_modules_to_save_are_sent_back(workers: Workers) -> None:
