@@ -138,6 +138,12 @@ class HuggingFaceCausalLM:
 
     def _find_parameters(self) -> None:
         """Find every parameter's whole shape and whether it trains, and the kinds of layers."""
+        blocks = self.spec.lora.blocks if self.spec.lora is not None else None
+        if blocks is not None and not all(0 <= block < self.structure.num_blocks for block in blocks):
+            raise ModelError(
+                f"lora.blocks is {list(blocks)}, the model has blocks 0 to {self.structure.num_blocks - 1}.",
+                fix="name blocks that are there, or leave lora.blocks out for all of them.",
+            )
         found = dict(self._adapted_skeleton().named_parameters(remove_duplicate=False))
         self._shapes = {plain_name(name): tuple(p.shape) for name, p in found.items()}
         self._trained = frozenset(plain_name(name) for name, p in found.items() if p.requires_grad)
@@ -148,10 +154,10 @@ class HuggingFaceCausalLM:
                 fix="adapt linears of the blocks; train others whole with lora.modules_to_save.",
             )
         for copy_name, source in self.tied.items():
-            if (copy_name in self._trained) != (source in self._trained):
+            if self.spec.lora is not None and source in self._trained:
                 raise ModelError(
-                    f"lora.modules_to_save trains one of {copy_name} and {source}, which are one weight.",
-                    fix="name both modules, or neither.",
+                    f"lora.modules_to_save names {copy_name} or {source}, which are one weight; PEFT would part them.",
+                    fix="leave them out, or untie them in the model (tie_word_embeddings).",
                 )
         self.layer_kinds = self._find_kinds()
 

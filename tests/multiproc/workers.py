@@ -6,6 +6,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from colledge.parallel import Message
 from colledge.parallel.world import join_world, leave_world
@@ -18,11 +20,11 @@ def free_port() -> int:
 
 
 class Workers:
-    """`count` device workers, ranks 1 to count, on loopback."""
+    """`count` device workers, ranks 1 to count, on loopback; each in a cgroup of its own where they are given."""
 
     module = "colledge.launch.worker"
 
-    def __init__(self, count: int, timeout_s: float = 60.0) -> None:
+    def __init__(self, count: int, timeout_s: float = 60.0, cgroups: Sequence[Path] = ()) -> None:
         port = free_port()
         shared = {
             "MASTER_ADDR": "127.0.0.1",
@@ -39,6 +41,8 @@ class Workers:
             )
             for rank in range(1, count + 1)
         ]
+        for process, cgroup in zip(self.processes, cgroups, strict=bool(cgroups)):
+            (cgroup / "cgroup.procs").write_text(str(process.pid))  # before it has loaded anything
         os.environ.update({**shared, "RANK": "0"})
         try:
             self.wire = join_world(timeout_s).wire

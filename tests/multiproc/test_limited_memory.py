@@ -1,0 +1,50 @@
+"""A model larger than any device trains: each device is given its own layers only. Kernels enforce the limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from colledge.models import HuggingFaceCausalLM
+from tests.multiproc.limited_memory import CONFIG, cgroups_can_limit, write_weights
+
+LIMIT_BYTES = 850_000_000
+
+
+def train(folder: Path, num_devices: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "tests.multiproc.limited_memory",
+            str(folder),
+            str(LIMIT_BYTES),
+            str(num_devices),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.mark.skipif(not cgroups_can_limit(), reason="needs root and cgroups that limit memory")
+def test_a_model_larger_than_any_device_trains_within_what_was_planned(tmp_path: Path) -> None:
+    model_bytes = write_weights(HuggingFaceCausalLM(CONFIG.to_dict()), tmp_path)
+    assert model_bytes > LIMIT_BYTES
+    ran = train(tmp_path, 3)
+    assert ran.returncode == 0, ran.stderr
+    rows = [json.loads(line) for line in ran.stdout.splitlines()]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["modelled_bytes"] < LIMIT_BYTES, row
+        assert row["measured_bytes"] < 1.05 * row["modelled_bytes"], row
+        assert row["losses"][1] < row["losses"][0], row
+    alone = train(tmp_path, 1)  # the limits are real: one device is killed by them
+    assert alone.returncode != 0
+    assert "lost the connection to device 'd0'" in alone.stderr, alone.stderr[-500:]
