@@ -44,7 +44,7 @@ def model_profile_from_config(
         loss: By name; part of the last layer.
 
     Raises:
-        ModelError: There are more tokens than positions.
+        ModelError: There are more tokens than positions, or the library's code looks at values.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
@@ -54,8 +54,15 @@ def model_profile_from_config(
         )
     AttentionInterface.register(_CAUSAL_ATTENTION, sdpa_attention_forward)
     valueless = _ValuelessModel.from_spec(model.spec)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        layers = count_model(valueless, sequence_length, DTYPES[precision], loss, _NoUpdate)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            layers = count_model(valueless, sequence_length, DTYPES[precision], loss, _NoUpdate)
+    except (RuntimeError, TypeError, ValueError) as fault:  # of the library's own code
+        line = " ".join(str(fault).split())[:200]
+        raise ModelError(
+            f"the layers of this {model.config.model_type!r} do not run without values ({line}).",
+            fix="profile the model on a device instead.",
+        ) from None
     return ModelProfile(
         schema_tag="colledge/model-profile/1",
         name=name,
@@ -92,6 +99,6 @@ class _ValuelessModel(HuggingFaceCausalLM):
         module, parameters = super().build_stage(layers, dtype, units, ops)
         for child in module.modules():
             config: Any = getattr(child, "config", None)
-            if config is not None:
+            if getattr(config, "_attn_implementation", None) == "sdpa":
                 config._attn_implementation = _CAUSAL_ATTENTION
         return module, parameters

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig, Qwen2Config
 
+from colledge.errors import ModelError
 from colledge.launch.cli import main
 from colledge.measure import count_model
 from colledge.measure.analytic import model_profile_from_config
@@ -36,6 +37,10 @@ GPT2 = GPT2Config(
     vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=SEQUENCE,
     bos_token_id=0, eos_token_id=0,
 )  # fmt: skip
+GEMMA2 = Gemma2Config(
+    vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=8,
+)  # fmt: skip
 
 
 class NoUpdate:
@@ -58,7 +63,7 @@ def analytic(
     )
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN2], ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN2, GEMMA2], ids=lambda config: config.model_type)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_configuration_tells_what_is_counted_on_real_tensors(
     config: PreTrainedConfig, precision: Precision
@@ -72,6 +77,16 @@ def test_a_configuration_tells_what_is_counted_on_real_tensors(
         workspace = counted.workspace_bytes_per_sample  # real runs make masks too
         assert layer.workspace_bytes_per_sample == pytest.approx(workspace, abs=SEQUENCE**2)
         assert layer.model_copy(update={"workspace_bytes_per_sample": workspace}) == counted
+
+
+def test_layers_that_need_values_are_refused() -> None:
+    config = MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1
+    )
+    with pytest.raises(
+        ModelError, match=r"'mixtral' do not run without values .*profile the model on a device"
+    ):
+        analytic(config)
 
 
 def test_a_model_larger_than_any_memory_is_profiled() -> None:
