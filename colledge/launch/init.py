@@ -18,12 +18,14 @@ data:
   # packing: false            # a row for each example, padded or cut; else they are joined
   # loss_on: answers          # learn completions and what the assistant says, read the rest
   # validation_split: 0.05    # or validation: a file; with evaluate_every below
-method: full                  # train every parameter
+method: full                  # train every parameter; lora: adapters alone, with settings such as
+# lora: {rank: 8, alpha: 16, targets: [q_proj, v_proj]}
 batch: {global_size: 16}      # rows in a step, over all devices
 optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
   # schedule: cosine, warmup_steps: 20: the rate rises, then falls to 0 (linear | cosine; constant stays)
 steps: 200
 precision: float32            # float64 | float32 | bfloat16
+# mixed_precision: bfloat16   # of products only; frozen_precision: bfloat16 halves what lora's frozen weights take
 # wire_precision: bfloat16    # of messages between stages: they shrink, and training is no longer exact
 seed: 0                       # orders the data; never depends on the plan
 pool: pool.yaml

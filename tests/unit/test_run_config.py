@@ -13,7 +13,10 @@ FULL_RUN = """
 schema: colledge/run/1
 model: ./my-llama
 data: {train: corpus.jsonl, sequence_length: 128}
-method: full
+method: lora
+lora: {rank: 4, alpha: 8, dropout: 0.1, targets: all-linear, modules_to_save: [lm_head], blocks: [2, 3]}
+mixed_precision: bfloat16
+frozen_precision: bfloat16
 batch: {global_size: 16}
 optimizer: {name: adamw, learning_rate: 1e-3, weight_decay: 0.1, betas: [0.9, 0.95], eps: 1e-8,
             schedule: cosine, warmup_steps: 20,
