@@ -1,6 +1,6 @@
 """A script: trains a model over workers whose memory is limited by cgroups; prints what was measured as JSON.
 
-python -m tests.multiproc.limited_memory FOLDER LIMIT_BYTES NUM_DEVICES
+python -m tests.multiproc.limited_memory FOLDER LIMIT_BYTES NUM_DEVICES TIMEOUT_S
 """
 
 from __future__ import annotations
@@ -146,11 +146,11 @@ def run(folder: Path, workers: Workers, num_devices: int) -> list[dict[str, Any]
 
 
 def main() -> None:
-    folder, limit_bytes, num_devices = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, (limit_bytes, num_devices, timeout_s) = Path(sys.argv[1]), map(int, sys.argv[2:])
     torch.set_num_threads(1)
     with ExitStack() as groups:
         paths = [groups.enter_context(limited(limit_bytes)) for _ in range(num_devices)]
-        workers = Workers(num_devices, 30.0, paths)
+        workers = Workers(num_devices, timeout_s, paths)
         try:
             for row in run(folder, workers, num_devices):
                 print(json.dumps(row))

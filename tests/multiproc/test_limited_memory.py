@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.multiproc.limited_memory import CONFIG, cgroups_can_limit, write_weig
 LIMIT_BYTES = 850_000_000
 
 
-def train(folder: Path, num_devices: int) -> subprocess.CompletedProcess[str]:
+def train(folder: Path, num_devices: int, timeout_s: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             sys.executable,
@@ -24,6 +25,7 @@ def train(folder: Path, num_devices: int) -> subprocess.CompletedProcess[str]:
             str(folder),
             str(LIMIT_BYTES),
             str(num_devices),
+            str(timeout_s),
         ],
         capture_output=True,
         text=True,
@@ -37,7 +39,7 @@ def train(folder: Path, num_devices: int) -> subprocess.CompletedProcess[str]:
 def test_a_model_larger_than_any_device_trains_within_what_was_planned(tmp_path: Path) -> None:
     model_bytes = write_weights(HuggingFaceCausalLM(CONFIG.to_dict()), tmp_path)
     assert model_bytes > LIMIT_BYTES
-    ran = train(tmp_path, 3)
+    ran = train(tmp_path, 3, 40)
     assert ran.returncode == 0, ran.stderr
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(rows) == 3
@@ -45,6 +47,8 @@ def test_a_model_larger_than_any_device_trains_within_what_was_planned(tmp_path:
         assert row["modelled_bytes"] < LIMIT_BYTES, row
         assert row["measured_bytes"] < 1.05 * row["modelled_bytes"], row
         assert row["losses"][1] < row["losses"][0], row
-    alone = train(tmp_path, 1)  # the limits are real: one device is killed by them
+    alone = train(tmp_path, 1, 5)  # the limits are real: they kill or freeze one device with all layers
     assert alone.returncode != 0
-    assert "lost the connection to device 'd0'" in alone.stderr, alone.stderr[-500:]
+    assert re.search(
+        "DeviceError: lost the connection to device 'd0'|DeadlineError: device 'd0'", alone.stderr
+    )
