@@ -18,7 +18,6 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 
 from colledge.errors import ModelError
@@ -350,6 +349,10 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _compute_constants(model: nn.Module, module: nn.Module, dtype: torch.dtype) -> list[str]:
     """Have the library compute a module's own buffers, as in a model of this dtype; return those it did not."""
+    from transformers.modeling_utils import (
+        local_torch_dtype,
+    )  # a second to import, too long before a worker joins
+
     buffers = list(module.named_buffers(recurse=False))
     for name, buffer in buffers:
         unset = torch.nan if buffer.is_floating_point() else torch.iinfo(torch.int8).min
