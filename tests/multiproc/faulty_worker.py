@@ -61,8 +61,8 @@ def _misweigh(factor: float) -> Any:
     """Divide this rank's loss by a wrong number of targets."""
     original = StageRunner.begin_step
 
-    def begin_step(self: StageRunner, denominator: float) -> None:
-        original(self, denominator * factor)  # type: ignore[arg-type]
+    def begin_step(self: StageRunner, denominator: float, step: int) -> None:
+        original(self, denominator * factor, step)  # type: ignore[arg-type]
 
     return mock.patch.object(StageRunner, "begin_step", begin_step)
 
