@@ -16,7 +16,7 @@ from colledge.errors import OutOfMemoryError
 from colledge.planner.layouts import proportional
 from colledge.planner.memory import Load, MemoryModel, MemoryParts, SpanMemory, out_of_memory
 from colledge.planner.request import PlanningRequest
-from colledge.profiles import DeviceProfile, ModelProfile
+from colledge.profiles import DeviceProfile, LayerProfile, ModelProfile
 
 _MOST_PERMUTED = 5
 _LORA_SHARE = 100  # adapters train about a hundredth of the weights
@@ -69,7 +69,7 @@ def nothing_fits(
     if helpful:
         fix = f"this would make it fit: {'; or '.join(helpful)}."
     else:
-        fix = "neither LoRA, nor SGD, nor one more device of a kind that is there is enough alone: take a smaller "
+        fix = "neither adapters, nor SGD, nor one more device of a kind that is there is enough alone: take a smaller "
         fix += "model or shorter rows, or several more devices."
     return OutOfMemoryError(error.message, fix=fix)
 
@@ -83,21 +83,12 @@ def _remedies(
     """Yield the single changes that were checked to be enough."""
     if factor > 0 and helps(devices, model, 0.0):
         yield "an optimizer without state (SGD without momentum)"
-    adapters = model.model_copy(
-        update={
-            "layers": tuple(
-                layer.model_copy(
-                    update={
-                        "trainable_parameter_bytes": layer.trainable_parameter_bytes // _LORA_SHARE,
-                        "largest_gradient_bytes": layer.largest_gradient_bytes // _LORA_SHARE,
-                    }
-                )
-                for layer in model.layers
-            )
-        }
-    )
-    if helps(devices, adapters, factor):
-        yield f"LoRA (reckoned with 1/{_LORA_SHARE} of the weights trained)"
+    frozen_bytes = sum(layer.parameter_bytes - layer.trainable_parameter_bytes for layer in model.layers)
+    if frozen_bytes == 0 and helps(devices, _with_layers(model, _adapted), factor):
+        yield f"LoRA (method: lora; reckoned with 1/{_LORA_SHARE} of the weights trained)"
+    wide = model.precision in ("float32", "float64") and model.frozen_precision is None
+    if frozen_bytes and wide and helps(devices, _with_layers(model, _held), factor):
+        yield "frozen weights in half as many bytes (frozen_precision: bfloat16)"
     kinds: dict[str, DeviceProfile] = {}
     for device in devices:
         if device.kind not in kinds or device.memory_bytes > kinds[device.kind].memory_bytes:
@@ -106,6 +97,24 @@ def _remedies(
         if helps([*devices, device.model_copy(update={"id": f"{device.id}-more"})], model, factor):
             yield f"one more device like {device.id!r} ({kind})"
             break
+
+
+def _with_layers(model: ModelProfile, change: Callable[[LayerProfile], LayerProfile]) -> ModelProfile:
+    return model.model_copy(update={"layers": tuple(change(layer) for layer in model.layers)})
+
+
+def _adapted(layer: LayerProfile) -> LayerProfile:
+    return layer.model_copy(
+        update={
+            "trainable_parameter_bytes": layer.trainable_parameter_bytes // _LORA_SHARE,
+            "largest_gradient_bytes": layer.largest_gradient_bytes // _LORA_SHARE,
+        }
+    )
+
+
+def _held(layer: LayerProfile) -> LayerProfile:
+    frozen_bytes = layer.parameter_bytes - layer.trainable_parameter_bytes
+    return layer.model_copy(update={"parameter_bytes": layer.parameter_bytes - frozen_bytes // 2})
 
 
 def _orders(

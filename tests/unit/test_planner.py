@@ -588,6 +588,21 @@ def test_when_nothing_fits_the_nearest_miss_is_named() -> None:
     assert error.value.fix
 
 
+def test_what_would_make_it_fit_depends_on_what_trains() -> None:
+    pool, model = make_pool(["k"], memory_bytes=100 * MB), make_model({"k": 0.05})
+    with pytest.raises(OutOfMemoryError) as error:
+        plan_training(pool, model, PlanningRequest(global_batch_size=4))
+    assert "LoRA (method: lora;" in error.value.fix
+    assert "frozen_precision" not in error.value.fix
+    adapters = {"trainable_parameter_bytes": MB // 10, "parameter_bytes": 22 * MB}
+    layers = tuple(layer.model_copy(update=adapters) for layer in model.layers)
+    adapted = model.model_copy(update={"layers": layers, "precision": "float32"})
+    with pytest.raises(OutOfMemoryError) as error:
+        plan_training(pool, adapted, PlanningRequest(global_batch_size=4))
+    assert "LoRA" not in error.value.fix
+    assert "(frozen_precision: bfloat16)" in error.value.fix
+
+
 def test_a_large_pool_without_memory_says_what_is_missing() -> None:
     ids = [f"device-{i}" for i in range(60)]
     pool = make_pool(["k"] * 60, memory_bytes=70 * MB, ids=ids)
