@@ -286,11 +286,20 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", min=1)] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the chat template.")] = False,
+    on_pool: Annotated[
+        bool, typer.Option("--pool", help="On the devices that the run trained on, under its plan.")
+    ] = False,
 ) -> None:
-    """Try a trained model on this device: print what it goes on with."""
-    from colledge.launch.generating import generate as go_on
+    """Try a trained model, on this device or on the pool: print what it goes on with."""
+    from colledge.launch import generating
+    from colledge.launch.rendezvous import Supervisor
 
-    typer.echo(go_on(folder, prompt, max_new_tokens, chat))
+    if not on_pool:
+        typer.echo(generating.generate(folder, prompt, max_new_tokens, chat))
+        return
+    job = generating.pool_job(folder, prompt, max_new_tokens, chat)
+    Supervisor(job).run()
+    typer.echo(generating.read_generated(job))
 
 
 @app.command()

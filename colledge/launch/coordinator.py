@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from colledge.errors import ColledgeError, LaunchError
+from colledge.launch.generating import generate_job
 from colledge.launch.inputs import open_model
 from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.stop import StopRequest
@@ -43,6 +44,8 @@ def run_job(job: Job, world: World, stop: StopRequest) -> None:
     model = open_model(job.run, job.model)
     if job.kind == "profile":
         _profile(job, world, ranks, model)
+    elif job.kind == "generate":
+        generate_job(job, world, ranks, model, stop)
     else:
         Training(job, world, ranks, model).run(stop)
 

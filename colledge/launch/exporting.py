@@ -27,6 +27,26 @@ class Trained:
     values: Mapping[str, Tensor]
     found: Path
 
+    def weights(self) -> Mapping[str, Tensor]:
+        """Return all weights: what was trained, and what was not from the model's folder."""
+        return _Over(self.values, SafetensorsDirectory(self.job.model))
+
+
+class _Over(Mapping[str, Tensor]):
+    """Two mappings, of which the first counts where both have a name."""
+
+    def __init__(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._first[name] if name in self._first else self._second[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({*self._first, *self._second})
+
+    def __len__(self) -> int:
+        return len({*self._first, *self._second})
+
 
 def find_trained(output: Path) -> Trained:
     """Return what the run of an output folder trained: at its end, or else up to its last whole checkpoint.
@@ -90,14 +110,14 @@ def export(output: Path, target: Path, merge: bool) -> Path:
 
 def _whole_layers(trained: Trained) -> Iterator[dict[str, Tensor]]:
     """Yield the weights of one layer of the whole model after another, adapters merged; a tied weight comes once."""
-    job, values, base = trained.job, trained.values, SafetensorsDirectory(trained.job.model)
+    job, values, weights = trained.job, trained.values, trained.weights()
     model = HuggingFaceCausalLM.from_directory(job.model)
     for index in range(len(model.layer_names)):
         layer = {}
         for name, shape in model.layer_parameters(index).items():
             if name in model.tied:
                 continue
-            layer[name] = values[name] if name in values else base[name]
+            layer[name] = weights[name]
             if job.run.adapters is not None:
                 layer[name] = merged(name, layer[name], values, job.run.adapters, name in model.transposed)
             assert tuple(layer[name].shape) == shape

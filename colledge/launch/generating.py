@@ -1,17 +1,45 @@
-"""`colledge generate`: try what a run trained, on this device, with transformers' own generation."""
+"""`colledge generate`: try what a run trained, on this device by transformers, or on the pool by the engine."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from torch import Tensor
 
+from colledge.data import Batch
 from colledge.errors import ConfigError, ModelError
+from colledge.launch.exporting import find_trained
 from colledge.launch.inputs import load_tokenizer
-from colledge.launch.job import OutputFolder
+from colledge.launch.job import Generation, Job, OutputFolder
+from colledge.launch.stop import StopRequest
+from colledge.launch.training import engine_settings
+from colledge.models import HuggingFaceCausalLM
+from colledge.parallel import Engine, World
+from colledge.plan import read_plan
+from colledge.records import write_atomically
+
+
+def _ids(tokenizer: Any, prompt: str, chat: bool, folder: Path) -> Tensor:
+    """Return the tokens of a prompt, (1, length)."""
+    if chat and not tokenizer.chat_template:
+        raise ConfigError(f"{folder}: its tokenizer has no chat template.", fix="leave --chat out.")
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    ids: Tensor = inputs["input_ids"]
+    if ids.shape[1] == 0:
+        raise ConfigError("the prompt has no tokens.", fix="give some text with --prompt.")
+    return ids
+
+
+# -- on this device ------------------------------------------------------------------------------------------------
 
 
 def generate(folder: Path, prompt: str, max_new_tokens: int, chat: bool) -> str:
@@ -29,27 +57,13 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, chat: bool) -> str:
     """
     found = _find(folder)
     tokenizer: Any = load_tokenizer(found)
-    if chat and not tokenizer.chat_template:
-        raise ConfigError(f"{found}: its tokenizer has no chat template.", fix="leave --chat out.")
+    ids = _ids(tokenizer, prompt, chat, found)
     model = _load(found)
-    if chat:
-        message = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(
-            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1]
-    if length == 0:
-        raise ConfigError("the prompt has no tokens.", fix="give some text with --prompt.")
     with torch.inference_mode():
-        ids = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=torch.ones_like(inputs["input_ids"]),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
+        made = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
         )
-    return str(tokenizer.decode(ids[0, length:], skip_special_tokens=True))
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _find(folder: Path) -> Path:
@@ -68,6 +82,9 @@ def _find(folder: Path) -> Path:
 
 
 def _load(folder: Path) -> Any:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
     adapter = (folder / "adapter_config.json").is_file()
     try:
         if adapter:
@@ -76,3 +93,51 @@ def _load(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as fault:
         line = " ".join(str(fault).split())[:300]
         raise ModelError(f"{folder} cannot be loaded ({line}).", fix="export or train it again.") from None
+
+
+# -- on the pool ---------------------------------------------------------------------------------------------------
+
+
+def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> Job:
+    """Return the job that generates over the devices that a run trained on, under its plan.
+
+    Raises:
+        ConfigError: The folder is of no run that trained, or the tokenizer has no chat template.
+    """
+    trained = find_trained(output).job
+    _ids(load_tokenizer(trained.model), prompt, chat, trained.model)
+    asked = Generation(trained=output.resolve(), prompt=prompt, max_new_tokens=max_new_tokens, chat=chat)
+    folder = OutputFolder(OutputFolder(output.resolve()).generation)
+    folder.create()
+    plan = read_plan(OutputFolder(output).plan)
+    one = plan.model_copy(update={"global_batch_size": plan.microbatch_size, "prediction": None})
+    write_atomically(folder.plan, one.to_json())
+    return trained.model_copy(
+        update={"kind": "generate", "output": folder.path, "resume": None, "generation": asked}
+    )
+
+
+def generate_job(
+    job: Job, world: World, ranks: Mapping[str, int], model: HuggingFaceCausalLM, stop: StopRequest
+) -> None:
+    """Generate over the pool as the coordinator: every token is a forward pass over the whole text."""
+    asked, folder = job.generation, OutputFolder(job.output)
+    assert asked is not None
+    plan = read_plan(folder.plan)
+    weights = find_trained(asked.trained).weights()
+    engine = Engine(plan, model, weights, engine_settings(job, plan, None), ranks, world.wire)
+    tokenizer: Any = load_tokenizer(job.model)
+    ids = _ids(tokenizer, asked.prompt, asked.chat, job.model)
+    length = ids.shape[1]
+    while ids.shape[1] < length + asked.max_new_tokens and not stop.asked:
+        logits = engine.forward(Batch({"input_ids": ids}, {"labels": ids}))
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+        if int(ids[0, -1]) == tokenizer.eos_token_id:
+            break
+    write_atomically(folder.generated, str(tokenizer.decode(ids[0, length:], skip_special_tokens=True)))
+    engine.close()
+
+
+def read_generated(job: Job) -> str:
+    """Return what a job generated."""
+    return OutputFolder(job.output).generated.read_text(encoding="utf-8")

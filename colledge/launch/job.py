@@ -29,14 +29,24 @@ from colledge.launch.run_config import PoolConfig, RunConfig
 from colledge.records import Record
 
 
+class Generation(Record):
+    """What to generate: from a prompt, with what the run of the folder `trained` trained."""
+
+    trained: Path
+    prompt: str
+    max_new_tokens: int = Field(ge=1)
+    chat: bool = False
+
+
 class Job(Record):
     """What the coordinator is to do. `devices` are ranks 1, 2, ... in this order; `model` is a local folder.
 
     `resume` is the checkpoint to go on from. `notes` are for the report: what of the data is not trained on.
+    `generation` is for a job of that kind.
     """
 
     schema_tag: Literal["colledge/job/1"] = Field(default="colledge/job/1", alias="schema")
-    kind: Literal["profile", "train"]
+    kind: Literal["profile", "train", "generate"]
     run: RunConfig
     pool: PoolConfig
     model: Path
@@ -44,6 +54,7 @@ class Job(Record):
     output: Path
     resume: Path | None = None
     notes: tuple[str, ...] = ()
+    generation: Generation | None = None
 
 
 class Failure(Record):
@@ -193,6 +204,16 @@ class OutputFolder:
     def report_html(self) -> Path:
         """Predicted against measured, for people."""
         return self.path / "report.html"
+
+    @property
+    def generation(self) -> Path:
+        """The folder of a generation on the pool: a job of its own."""
+        return self.path / "generate"
+
+    @property
+    def generated(self) -> Path:
+        """What was generated."""
+        return self.path / "generated.txt"
 
     def log(self, name: str) -> Path:
         """Return where a process's output goes."""

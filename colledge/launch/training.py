@@ -57,26 +57,15 @@ class Training:
         if self._plan.prediction is not None:
             predicted_s = self._plan.prediction.step_s
             world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
-        self._engine = Engine(self._plan, model, weights, self._settings(), ranks, world.wire)
+        self._engine = Engine(
+            self._plan, model, weights, engine_settings(job, self._plan, self._pool), ranks, world.wire
+        )
         self._rates = learning_rates(job.run.optimizer, job.run.steps)
         self._losses: dict[int, float] = {}  # on the validation data, by step
         self._line: StepMetrics | None = None  # of the step that is done
         self._saved_step: int | None = None
         self._tracker: TensorBoard | None = None
         self._printed_s = 0.0
-
-    def _settings(self) -> EngineSettings:
-        devices = {device.id: device for device in self._job.pool.devices if device.id in self._plan.devices}
-        emulations = {id: device.emulate for id, device in devices.items()}
-        return EngineSettings(
-            optimizer=self._job.run.optimizer,
-            precision=self._job.run.precision,
-            seed=self._job.run.seed,
-            accelerators={id: device.accelerator for id, device in devices.items()},
-            threads={id: device.threads for id, device in devices.items() if device.threads is not None},
-            emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},
-            routes=_routes(self._plan, self._pool) if self._pool is not None else None,
-        )
 
     def run(self, stop: StopRequest) -> None:
         """Train and validate to the end or until asked to stop; save the model or a checkpoint."""
@@ -254,6 +243,21 @@ class Training:
         best = self._best
         if run.keep_best and best is not None and best.step == step and not self._ended:
             self._save_checkpoint()
+
+
+def engine_settings(job: Job, plan: Plan, pool: PoolProfile | None) -> EngineSettings:
+    """Return how the engine runs a job's plan; without a pool's profile no time of a route is known."""
+    devices = {device.id: device for device in job.pool.devices if device.id in plan.devices}
+    emulations = {id: device.emulate for id, device in devices.items()}
+    return EngineSettings(
+        optimizer=job.run.optimizer,
+        precision=job.run.precision,
+        seed=job.run.seed,
+        accelerators={id: device.accelerator for id, device in devices.items()},
+        threads={id: device.threads for id, device in devices.items() if device.threads is not None},
+        emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},
+        routes=_routes(plan, pool) if pool is not None else None,
+    )
 
 
 def _routes(plan: Plan, pool: PoolProfile) -> dict[str, dict[str, RouteEstimate]]:

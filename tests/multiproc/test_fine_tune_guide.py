@@ -25,7 +25,7 @@ CHATML = (
 )
 
 
-GIVEN = ["data", "profile", "plan", "train", "train", "generate", "export"]
+GIVEN = ["data", "profile", "plan", "train", "train", "generate", "generate", "export"]
 
 
 def commands() -> list[list[str]]:
@@ -89,6 +89,8 @@ def test_every_command_of_the_page_runs(folder: Path) -> None:
         in printed["data check chats.jsonl --model my-model --loss-on answers --sequence-length 64"]
     )
     assert (folder / "out" / "adapter" / "adapter_model.safetensors").is_file()
+    alone, pooled = (text for words, text in printed.items() if words.startswith("generate"))
+    assert alone == pooled
     (python,) = re.findall(r"^```python\n(.*?)^```$", GUIDE, re.DOTALL | re.MULTILINE)
     check = (
         "from transformers import AutoModelForCausalLM\nimport torch\nids = torch.arange(12)[None]\n"
