@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 from colledge.parallel import Message
-from colledge.parallel.world import join_world, leave_world
+from colledge.parallel.world import join_world
 
 
 def free_port() -> int:
@@ -58,4 +58,3 @@ class Workers:
                 except Exception:
                     process.kill()
                     process.wait()
-        leave_world()
