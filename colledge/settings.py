@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,6 +17,8 @@ WirePrecision = Literal["bfloat16"]  # of what travels between pipeline stages; 
 Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate; the last two fall to 0
 
 NarrowPrecision = Literal["bfloat16"]  # of products alone, or of frozen weights in memory
+
+BackendName = Literal["native", "deepspeed", "fairscale"]  # what trains: colledge's engine, or a library
 
 LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 
@@ -68,6 +71,19 @@ class LoraSettings(Record):
     targets: tuple[str, ...] | Literal["all-linear"] | None = None
     modules_to_save: tuple[str, ...] = ()
     blocks: tuple[int, ...] | None = Field(default=None, min_length=1)
+
+
+class DeepSpeedSettings(Record):
+    """How DeepSpeed shards: a stage of ZeRO (Rajbhandari et al., arXiv 1910.02054), or a configuration file."""
+
+    zero_stage: Literal[1, 2, 3] | None = None
+    config: Path | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> DeepSpeedSettings:
+        if (self.zero_stage is None) == (self.config is None):
+            raise ValueError("give zero_stage (1, 2 or 3) or config (a DeepSpeed file)")
+        return self
 
 
 class EarlyStopping(Record):

@@ -25,7 +25,7 @@ from colledge.launch.stop import StopRequest
 from colledge.launch.training import Training
 from colledge.models import HuggingFaceCausalLM
 from colledge.parallel import Message, World
-from colledge.parallel.world import join_world, leave_world, timeout_from_environment
+from colledge.parallel.world import join_world, timeout_from_environment
 from colledge.records import read_json, write_atomically
 
 
@@ -99,7 +99,6 @@ def main() -> None:
     except LaunchError as fault:  # the folder is another run's: leave nothing in it
         print(f"LaunchError: {fault}", file=sys.stderr, flush=True)
         os._exit(fault.exit_code)
-    leave_world()
 
 
 def _failure(fault: Exception) -> Failure:

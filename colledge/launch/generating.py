@@ -112,8 +112,9 @@ def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> Job:
     plan = read_plan(OutputFolder(output).plan)
     one = plan.model_copy(update={"global_batch_size": plan.microbatch_size, "prediction": None})
     write_atomically(folder.plan, one.to_json())
+    run = trained.run.model_copy(update={"backend": "native", "deepspeed": None})
     return trained.model_copy(
-        update={"kind": "generate", "output": folder.path, "resume": None, "generation": asked}
+        update={"kind": "generate", "run": run, "output": folder.path, "resume": None, "generation": asked}
     )
 
 

@@ -23,6 +23,8 @@ from colledge.launch.progress import ProfilingProgress, TrainingProgress
 from colledge.launch.rendezvous import Supervisor
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
+from colledge.parallel.backends import check_backend_plan, check_installed
+from colledge.parallel.backends.zero_config import check_config, complete_config, read_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
@@ -35,7 +37,7 @@ from colledge.report.html import render
 from colledge.report.tables import comparison_table
 from colledge.report.trackers import check_tracker
 from colledge.schedule import simulate
-from colledge.settings import ITEM_BYTES
+from colledge.settings import ITEM_BYTES, Emulation
 from colledge.units import format_seconds
 
 
@@ -78,12 +80,33 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
     notes: tuple[str, ...] = ()
     if with_data:
         check_tracker(run.report_to)
+        check_backend(run, pool)
         SafetensorsDirectory(folder)
         data = load_data(run, folder)
         check_data(data, model)
         notes = data.notes()
     with OutputFolder(run.output).locked():
         return Inputs(run, pool, folder, model, notes)
+
+
+def check_backend(run: RunConfig, pool: PoolConfig) -> None:
+    """Check that the run's backend is installed here, agrees with run.yaml and runs on the pool's devices.
+
+    Raises:
+        ConfigError: It is not, or does not.
+    """
+    if run.backend == "native":
+        return
+    check_installed(run.backend)
+    if run.deepspeed is not None:
+        check_config(read_config(run.deepspeed), run.optimizer, run.batch.global_size)
+    for device in pool.devices:
+        if device.accelerator != "cpu" or device.emulate != Emulation():
+            what = "emulates a slower one" if device.accelerator == "cpu" else f"is {device.accelerator}"
+            raise ConfigError(
+                f"backend {run.backend} trains on CPUs as they are; device {device.id!r} {what}.",
+                fix="change the device in pool.yaml, or set backend: native.",
+            )
 
 
 def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
@@ -254,7 +277,20 @@ def find_start(inputs: Inputs, resume: bool, console: Console) -> Path | None:
 
 
 def training_job(inputs: Inputs, chosen: Plan, checkpoint: Path | None) -> Job:
-    """Return the job that trains under a plan: only the devices that the plan uses."""
+    """Return the job that trains under a plan: only the devices that the plan uses.
+
+    Raises:
+        ConfigError: The run's backend cannot run the plan, or go on from a checkpoint.
+    """
+    run = inputs.run
+    check_backend_plan(run.backend, chosen)
+    if run.deepspeed is not None:
+        complete_config(read_config(run.deepspeed), run.optimizer, chosen)
+        if checkpoint is not None:
+            raise ConfigError(
+                f"backend deepspeed cannot go on from {checkpoint}: it takes no optimizer state.",
+                fix="set backend: native or fairscale, or another output.",
+            )
     return _job(inputs, "train", chosen.devices, checkpoint)
 
 

@@ -31,6 +31,8 @@ from colledge.report.metrics import StepMetrics
 from colledge.report.record import Report
 from colledge.report.trackers import Tracker
 from colledge.settings import (
+    BackendName,
+    DeepSpeedSettings,
     EarlyStopping,
     Emulation,
     LoraSettings,
@@ -45,7 +47,7 @@ from colledge.units import Bytes, BytesPerSecond, Seconds
 Objective = Literal["energy", "time", "energy-delay"]
 Accounting = Literal["whole-pool", "marginal"]
 
-_PATH_KEYS = ("model", "data.train", "data.validation", "pool", "output")
+_PATH_KEYS = ("model", "data.train", "data.validation", "pool", "output", "deepspeed.config")
 
 
 class DataConfig(Record):
@@ -84,7 +86,7 @@ class RunConfig(Record):
     `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one; `keep_checkpoints` of
     them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
     saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to`
-    writes the figures of metrics.jsonl for a tracker too.
+    writes the figures of metrics.jsonl for a tracker too. `backend` is what trains, `deepspeed` are settings of it.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -114,6 +116,8 @@ class RunConfig(Record):
     keep_best: bool = False
     early_stopping: EarlyStopping | None = None
     report_to: Tracker = "none"
+    backend: BackendName = "native"
+    deepspeed: DeepSpeedSettings | None = None
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -137,7 +141,29 @@ class RunConfig(Record):
             raise ValueError("frozen_precision is for method: lora; else no weight is frozen")
         if self.precision != "float32" and self.mixed_precision is not None:
             raise ValueError(f"mixed_precision needs precision: float32, saw {self.precision}")
+        self._check_backend()
         return self
+
+    def _check_backend(self) -> None:
+        if (self.deepspeed is not None) != (self.backend == "deepspeed"):
+            raise ValueError("backend: deepspeed and deepspeed (such as {zero_stage: 2}) go together")
+        if self.backend == "native":
+            return
+        for name, asked in (
+            ("method: lora", self.method == "lora"),
+            (f"precision: {self.precision}", self.precision != "float32"),
+            ("mixed_precision", self.mixed_precision is not None),
+        ):
+            if asked:
+                raise ValueError(
+                    f"backend {self.backend} trains whole models in float32, saw {name}; set backend: native"
+                )
+        for name, asked in (
+            ("checkpoint_every", self.checkpoint_every is not None),
+            ("keep_best", self.keep_best),
+        ):
+            if self.backend == "deepspeed" and asked:
+                raise ValueError(f"backend deepspeed keeps no checkpoints; take {name} out")
 
     @property
     def adapters(self) -> LoraSettings | None:

@@ -21,6 +21,7 @@ from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.models.lora import StartingValues
 from colledge.parallel import Emulation, Engine, EngineSettings, RouteEstimate, StepRecord, World
+from colledge.parallel.backends.zero_config import read_config
 from colledge.parallel.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -78,7 +79,12 @@ class Training:
             else:
                 self._train_step()
         if self._validation_due or not self._ended:
-            print(f"stopped after step {self._engine.step}; saved {self._save_checkpoint()}", flush=True)
+            saved = (
+                "nothing, for backend deepspeed keeps no checkpoints"
+                if self._job.run.backend == "deepspeed"
+                else self._save_checkpoint()
+            )
+            print(f"stopped after step {self._engine.step}; saved {saved}", flush=True)
         else:
             self._save_model()
         if self._tracker is not None:
@@ -253,6 +259,8 @@ def engine_settings(job: Job, plan: Plan, pool: PoolProfile | None) -> EngineSet
         optimizer=job.run.optimizer,
         precision=job.run.precision,
         seed=job.run.seed,
+        backend=job.run.backend,
+        deepspeed=read_config(deepspeed) if (deepspeed := job.run.deepspeed) else None,
         accelerators={id: device.accelerator for id, device in devices.items()},
         threads={id: device.threads for id, device in devices.items() if device.threads is not None},
         emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},

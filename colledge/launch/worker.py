@@ -12,7 +12,7 @@ import sys
 from colledge.errors import ColledgeError
 from colledge.launch.profiling import HANDLERS
 from colledge.parallel import DeviceWorker
-from colledge.parallel.world import join_world, leave_world, timeout_from_environment
+from colledge.parallel.world import join_world, timeout_from_environment
 
 
 def main() -> None:
@@ -26,7 +26,6 @@ def main() -> None:
     except ColledgeError as fault:
         print(f"colledge worker: {fault}", file=sys.stderr, flush=True)
         os._exit(fault.exit_code)  # sockets close now: that is what frees the peers that wait for this device
-    leave_world()
 
 
 if __name__ == "__main__":

@@ -21,11 +21,13 @@ from colledge.errors import ColledgeError, DeviceError
 from colledge.models import build_model
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES, OutputShard
+from colledge.parallel.backends import Backend, check_installed
+from colledge.parallel.backends.native import NativeBackend
 from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
 from colledge.parallel.gradients import Gradients, PartialSums, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
-from colledge.parallel.setup import DeviceSetup, build_optimizer, undecayed
+from colledge.parallel.setup import DeviceSetup, make_optimizer, parameter_groups, undecayed
 from colledge.parallel.stage import MicrobatchRows, StageRunner
 from colledge.parallel.tensor import ShardGroupOps
 from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
@@ -94,11 +96,11 @@ class DeviceWorker:
 
     def _answer(self, command: str, message: Message) -> Message:
         if command == "setup":
-            self._part = None
+            self._leave()
             self._part = _Part(DeviceSetup.model_validate(message.fields["setup"]), self._wire, self._groups)
             return Message({})
         if command == "teardown":
-            self._part = None
+            self._leave()
             self._wire.pace({})
             return Message({})
         if command in self._handlers:
@@ -115,6 +117,12 @@ class DeviceWorker:
             case "read_layer":
                 return self._part.read_layer(message)
         raise DeviceError(f"unknown command {command!r}.", fix="run the same version of colledge everywhere.")
+
+    def _leave(self) -> None:
+        """Give up this device's part of a plan."""
+        if self._part is not None:
+            self._part.close()
+        self._part = None
 
     def _report(self, fault: ColledgeError) -> None:
         error = {
@@ -159,26 +167,17 @@ class _Part:
         module.to(device)
         is_last = place.stage_index == plan.num_stages - 1
         self._output_shard = self._find_output_shard(ops) if is_last else None
+        trained = {n: p for n, p in _unique(self._parameters).items() if p.requires_grad}
+        self._backend = self._make_backend(module, trained, groups, shards, replicas, tied_group)
         self._runner = StageRunner(
             module,
             LOSSES[setup.loss] if is_last else None,
             plan.recomputes(place.stage_index),
             self._output_shard,
             MicrobatchRows(setup.seed, *stage.row_ranges[place.replica_index], plan.microbatch_size),
+            self._backend,
         )
         self._reports_loss = is_last and place.shard_index == 0
-        tied = self._tied_weights(tied_group)
-        trained = {n: p for n, p in _unique(self._parameters).items() if p.requires_grad}
-        self._gradients = Gradients(
-            trained,
-            replicas,
-            tied,
-            self._partial_sums(trained, shards),
-            self._counted(trained, tied),
-            self._clock,
-            overlap=not setup.emulations,
-        )
-        self._optimizer = build_optimizer(setup.optimizer, list(trained.values()), undecayed(trained, module))
         self._executor = Executor(
             plan,
             place,
@@ -186,12 +185,56 @@ class _Part:
             ranks,
             routes,
             self._runner,
-            self._gradients,
+            self._backend,
             wire,
             self._clock,
             dtype,
             device,
         )
+
+    def _make_backend(
+        self,
+        module: nn.Module,
+        trained: Mapping[str, nn.Parameter],
+        groups: GroupFactory,
+        shards: Group | None,
+        replicas: Group | None,
+        tied_group: Group | None,
+    ) -> Backend:
+        setup = self._setup
+        settings = setup.optimizer
+        decay_groups = parameter_groups(settings, list(trained.values()), undecayed(trained, module))
+        check_installed(setup.backend)
+        if setup.backend != "native":
+            groups.join_default(list(setup.ranks.values()), setup.meeting)
+        match setup.backend:
+            case "native":
+                tied = self._tied_weights(tied_group)
+                gradients = Gradients(
+                    trained,
+                    replicas,
+                    tied,
+                    self._partial_sums(trained, shards),
+                    self._counted(trained, tied),
+                    self._clock,
+                    overlap=not setup.emulations,
+                )
+                optimizer = make_optimizer(settings, decay_groups)
+                return NativeBackend(
+                    module, gradients, optimizer, settings.gradient_clipping, self._plan_group
+                )
+            case "deepspeed":  # libraries are loaded where they are asked for
+                from colledge.parallel.backends.deepspeed import DeepSpeedBackend
+
+                return DeepSpeedBackend(module, decay_groups, settings, setup.deepspeed)
+            case "fairscale":
+                from colledge.parallel.backends.fairscale import FairScaleBackend
+
+                return FairScaleBackend(module, decay_groups, settings)
+
+    def close(self) -> None:
+        """Leave the other ranks of the plan."""
+        self._backend.close()
 
     def _find_output_shard(self, ops: ShardGroupOps | None) -> OutputShard | None:
         if self._units is None or ops is None:
@@ -248,47 +291,43 @@ class _Part:
                 if key.startswith(f"{name}@")
             }
             if values:
-                self._optimizer.state[parameter] = {
-                    key: tensor.to(parameter.device, copy=True) for key, tensor in values.items()
-                }
+                taken = {key: tensor.to(parameter.device, copy=True) for key, tensor in values.items()}
                 if state is not None:
-                    self._optimizer.state[parameter]["step"] = torch.tensor(
-                        float(state), device=parameter.device
-                    )
+                    taken["step"] = torch.tensor(float(state), device=parameter.device)
+                self._backend.write_state(parameter, taken)
         return Message({})
 
     def read_layer(self, message: Message) -> Message:
         """Give a layer's values and optimizer state (`name@key`): only what is asked of this rank."""
+        fields = message.fields
         tensors: dict[str, Tensor] = {}
-        for name, parameter in self._layer(message.fields["layer"]).items():
-            if message.fields["sliced_only"] and not self._is_sliced(name):
-                continue
-            if message.fields["trained_only"] and not parameter.requires_grad:
-                continue
-            tensors[name] = parameter.detach()
-            if message.fields["optimizer"]:
-                for key, value in self._optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor) and key != "step":
-                        tensors[f"{name}@{key}"] = value
+        layer = {
+            name: parameter
+            for name, parameter in self._layer(fields["layer"]).items()
+            if (self._is_sliced(name) or not fields["sliced_only"])
+            and (parameter.requires_grad or not fields["trained_only"])
+        }
+        with self._backend.gathered(list(layer.values())):
+            for name, parameter in layer.items():
+                if fields["values"]:
+                    tensors[name] = parameter.detach().clone()
+                if fields["optimizer"]:
+                    for key, value in self._backend.read_state(parameter).items():
+                        if isinstance(value, Tensor) and key != "step":
+                            tensors[f"{name}@{key}"] = value
         return Message({}, tensors)
 
     def train_step(self, message: Message) -> Message:
         """Run one step and its update; answer with the loss's share and this device's seconds."""
         fields = message.fields
+        self._backend.start()
         self._clock.reset()
         self._runner.begin_step(fields["denominator"], fields["step"])
         x, context, targets = self._rows(message)
         step = fields["step"]
         self._executor.train(step, x, context, targets, tuple(fields["boundary"]))
-        norm = None
         self._clock.begin_compute()
-        clipping = self._setup.optimizer.gradient_clipping
-        if clipping is not None:
-            norm = self._gradients.clip(clipping, self._plan_group, f"clipping of step {step}")
-        for group in self._optimizer.param_groups:
-            group["lr"] = fields["learning_rate"]
-        self._optimizer.step()
-        self._gradients.zero()
+        norm = self._backend.update(fields["learning_rate"], f"clipping of step {step}")
         self._clock.end_compute()
         return Message(
             {
@@ -304,6 +343,7 @@ class _Part:
         """Run the forwards only; the last stage answers with its outputs or with the summed loss of its rows."""
         fields = message.fields
         x, context, targets = self._rows(message)
+        self._backend.start()
         self._clock.reset()
         loss, outputs = 0.0, []
         for m, output in self._executor.infer(fields["step"], x, context, tuple(fields["boundary"])):

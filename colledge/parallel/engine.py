@@ -8,11 +8,13 @@ The coordinator computes nothing.
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from colledge.data.batch import Batch
@@ -20,10 +22,12 @@ from colledge.errors import ColledgeError, ConfigError, DeadlineError, DeviceErr
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import IGNORED, LOSSES
 from colledge.models.sharding import Slice
+from colledge.parallel.backends import check_backend_plan
+from colledge.parallel.backends.zero_config import complete_config
 from colledge.parallel.setup import DeviceSetup, RouteEstimate
 from colledge.parallel.wire import Message, Wire
 from colledge.plan import Place, Plan
-from colledge.settings import Emulation, OptimizerSettings, Precision
+from colledge.settings import BackendName, Emulation, OptimizerSettings, Precision
 
 State = dict[str, dict[str, Tensor]]
 _GRACE_S = 5.0  # beyond the devices' deadlines: those who waited in vain report before they are blamed
@@ -52,12 +56,14 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How to train, beside the plan and the model."""
+    """How to train, beside the plan and the model; `deepspeed` is a configuration of DeepSpeed, to be completed."""
 
     optimizer: OptimizerSettings
     loss: str = "causal_lm"
     precision: Precision = "float32"
     seed: int = 0
+    backend: BackendName = "native"
+    deepspeed: Mapping[str, JsonValue] | None = None
     accelerators: Mapping[str, str] | None = None
     threads: Mapping[str, int] | None = None
     emulations: Mapping[str, Emulation] | None = None
@@ -91,6 +97,7 @@ class Engine:
         wire: Wire,
     ) -> None:
         plan.check_model(len(model.layer_names), model.shard_units)
+        check_backend_plan(settings.backend, plan)
         self.plan, self.model = plan, model
         self._settings, self._wire = settings, wire
         self._ranks = {device: ranks[device] for device in plan.devices}
@@ -108,6 +115,10 @@ class Engine:
 
     def _setup(self) -> None:
         settings = self._settings
+        meeting = uuid.uuid4().hex
+        deepspeed: dict[str, JsonValue] = {}
+        if settings.backend == "deepspeed":
+            deepspeed = complete_config(settings.deepspeed or {}, settings.optimizer, self.plan)
         messages = {}
         for device in self._ranks:
             setup = DeviceSetup(
@@ -118,6 +129,9 @@ class Engine:
                 precision=settings.precision,
                 loss=settings.loss,
                 optimizer=settings.optimizer,
+                backend=settings.backend,
+                deepspeed=deepspeed,
+                meeting=meeting,
                 seed=settings.seed,
                 accelerator=(settings.accelerators or {}).get(device, "cpu"),
                 threads=(settings.threads or {}).get(device),
@@ -303,14 +317,23 @@ class Engine:
             yield self._read_layer(name, False, trained_only)
 
     def checkpoint_layer(self, layer_name: str) -> dict[str, Tensor]:
-        """Return the values and optimizer state (`parameter@key`) of what a layer trains, whole tensors."""
+        """Return the values and optimizer state (`parameter@key`) of what a layer trains, whole tensors.
+
+        Raises:
+            ConfigError: The backend gives no optimizer state.
+        """
+        self._check_state()
         return self._read_layer(layer_name, True, True)
 
     def restore_layer(self, layer_name: str, values: Mapping[str, Tensor], step: int) -> None:
         """Give a layer the values and optimizer state that `checkpoint_layer` returned after `step` steps.
 
         Layers may come in any order; a tied weight goes to all layers that hold it when its own layer comes.
+
+        Raises:
+            ConfigError: The backend takes no optimizer state.
         """
+        self._check_state()
         self.step = step
         self._write_layer(layer_name, values, step)
         for copy_name, source in self.model.tied.items():
@@ -322,6 +345,13 @@ class Engine:
                 }
                 self._write_layer(self._layer_of(copy_name), copies, step)
 
+    def _check_state(self) -> None:
+        if self._settings.backend == "deepspeed":
+            raise ConfigError(
+                "backend deepspeed keeps no checkpoints: its optimizer state stays on the devices.",
+                fix="set backend: native or fairscale.",
+            )
+
     def _layer_of(self, parameter: str) -> str:
         for index, name in enumerate(self.model.layer_names):
             if parameter in self.model.layer_parameters(index):
@@ -329,13 +359,18 @@ class Engine:
         raise KeyError(parameter)
 
     def _read_layer(self, name: str, optimizer: bool, trained_only: bool) -> dict[str, Tensor]:
-        """Gather a layer from the first replica of its stage; slices are put together to whole tensors."""
-        holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0]
+        """Gather a layer from the first replica of its stage; slices are put together to whole tensors.
+
+        The replicas of a library's backend each hold a part of the state, so all of them take part.
+        """
+        native = self._settings.backend == "native"
+        holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0 or not native]
         messages = {
             device: Message(
                 {
                     "command": "read_layer",
                     "layer": name,
+                    "values": place.replica_index == 0,
                     "optimizer": optimizer,
                     "trained_only": trained_only,
                     "sliced_only": place.shard_index > 0,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from colledge.models.layered import DTYPES
 from colledge.parallel.clock import Clock
-from colledge.parallel.gradients import Gradients
+from colledge.parallel.gradients import Synchronized
 from colledge.parallel.setup import RouteEstimate
 from colledge.parallel.stage import StageRunner
 from colledge.parallel.wire import Transfer, Wire
@@ -145,7 +145,7 @@ class Executor:
         ranks: Mapping[str, int],
         routes: Mapping[int, RouteEstimate],
         runner: StageRunner,
-        gradients: Gradients,
+        gradients: Synchronized,
         wire: Wire,
         clock: Clock,
         dtype: torch.dtype,

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,16 @@ from colledge.parallel.clock import Clock
 from colledge.parallel.groups import Group, PendingReduce
 
 _BUCKET_BYTES = 8 * 1024**2
+
+
+class Synchronized(Protocol):
+    """Gradients that are summed over replicas, from the last backward of a step on."""
+
+    def arm(self) -> None:
+        """Say that the next backward is the last."""
+
+    def sync(self, action: object) -> None:
+        """Return when the gradients are summed."""
 
 
 @dataclass(frozen=True)

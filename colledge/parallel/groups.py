@@ -124,3 +124,18 @@ class GroupFactory:
             )
         known = [route for rank, route in (routes or {}).items() if rank in key]
         return Group(key, self._made[key], wire, slowest(known))
+
+    def join_default(self, ranks: Sequence[int], meeting: str) -> None:
+        """Make these ranks the default process group of torch.distributed, until it is destroyed.
+
+        Args:
+            ranks: The members, this rank among them.
+            meeting: A name that they share and no earlier group had.
+        """
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore(f"colledge/default/{meeting}", self._world.store),  # type: ignore[attr-defined]
+            rank=sorted(ranks).index(self._world.rank),
+            world_size=len(ranks),
+            timeout=timedelta(seconds=self._world.wire.timeout_s),
+        )

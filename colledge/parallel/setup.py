@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence, Set
+from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import nn
 
 from colledge.models import ModelSpec
 from colledge.plan import Plan
 from colledge.records import Record
-from colledge.settings import Emulation, OptimizerSettings, Precision
+from colledge.settings import BackendName, Emulation, OptimizerSettings, Precision
+
+ParameterGroups = list[dict[str, Any]]  # as torch.optim takes them
 
 
 class RouteEstimate(Record):
@@ -23,7 +26,11 @@ class RouteEstimate(Record):
 
 
 class DeviceSetup(Record):
-    """Everything a device needs to take its place: the plan, the model's structure, how to train."""
+    """Everything a device needs to take its place: the plan, the model's structure, how to train.
+
+    `deepspeed` is a complete configuration of DeepSpeed. `meeting` names this setup: by it replicas find each other
+    where a library wants a process group of its own.
+    """
 
     plan: Plan
     device: str
@@ -32,6 +39,9 @@ class DeviceSetup(Record):
     precision: Precision
     loss: str
     optimizer: OptimizerSettings
+    backend: BackendName = "native"
+    deepspeed: dict[str, JsonValue] = Field(default_factory=dict)
+    meeting: str
     seed: int = 0
     accelerator: str = "cpu"
     threads: int | None = None
@@ -61,10 +71,21 @@ def build_optimizer(
     without_decay: Set[nn.Parameter] = frozenset(),
 ) -> torch.optim.Optimizer:
     """Return the PyTorch optimizer of these parameters; some can be left out of weight decay."""
-    groups = [
+    return make_optimizer(settings, parameter_groups(settings, parameters, without_decay))
+
+
+def parameter_groups(
+    settings: OptimizerSettings, parameters: Sequence[nn.Parameter], without_decay: Set[nn.Parameter]
+) -> ParameterGroups:
+    """Return the parameters in two groups, with weight decay and without."""
+    return [
         {"params": [p for p in parameters if p not in without_decay], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p in without_decay], "weight_decay": 0.0},
     ]
+
+
+def make_optimizer(settings: OptimizerSettings, groups: ParameterGroups) -> torch.optim.Optimizer:
+    """Return the PyTorch optimizer of some groups of parameters."""
     if settings.name == "adamw":
         return torch.optim.AdamW(
             groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True

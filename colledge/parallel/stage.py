@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from colledge.models.layered import BatchRows, StageModule
@@ -39,6 +40,32 @@ class MicrobatchRows:
         return BatchRows(self.seed, step, range(first + self.start, first + self.stop))
 
 
+class Passes(Protocol):
+    """How a module's forward and backward are run."""
+
+    def forward(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Return the module's output."""
+
+    def backward(self, end: Tensor | GradientEdge, gradient: Tensor | None) -> None:
+        """Add the gradients of what a forward gave."""
+
+
+class PlainPasses:
+    """Forward and backward as PyTorch runs them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def forward(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """Return the module's output."""
+        output: Tensor = self._module(x, context)
+        return output
+
+    def backward(self, end: Tensor | GradientEdge, gradient: Tensor | None) -> None:
+        """Add the gradients of what a forward gave."""
+        torch.autograd.backward(end, gradient)
+
+
 class StageRunner:
     """Computes forwards and backwards of micro-batches on this rank.
 
@@ -48,6 +75,7 @@ class StageRunner:
         shard: On the last stage, which columns of the model's output this rank computes; None for all.
         recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
         rows: Which rows of a micro-batch this rank computes; by default those it is given.
+        passes: How the module is run; by default as PyTorch runs it.
     """
 
     def __init__(
@@ -57,8 +85,10 @@ class StageRunner:
         recompute: bool,
         shard: OutputShard | None,
         rows: MicrobatchRows | None = None,
+        passes: Passes | None = None,
     ) -> None:
         self._module = module
+        self._passes = passes or PlainPasses(module)
         self._loss = loss
         self._shard = shard
         self._recompute = recompute
@@ -107,15 +137,14 @@ class StageRunner:
                 saved.x.requires_grad_()
             saved.end = self._end(self._compute(saved))
         if saved.end is not None:
-            torch.autograd.backward(saved.end, gradient)
+            self._passes.backward(saved.end, gradient)
         return saved.x.grad
 
     def infer(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Compute rows without a backward; return the stage's output (on the last stage the model's)."""
         self._module.next_rows(None)
         with torch.no_grad():
-            output: Tensor = self._module(x, context)
-        return output
+            return self._passes.forward(x, context)
 
     def total_loss(self, output: Tensor, targets: Mapping[str, Tensor]) -> float:
         """Return the loss summed over the targets of some outputs of the last stage."""
@@ -134,7 +163,7 @@ class StageRunner:
 
     def _compute(self, saved: _Saved) -> Tensor:
         self._module.next_rows(saved.rows)
-        output: Tensor = self._module(saved.x, saved.context)
+        output = self._passes.forward(saved.x, saved.context)
         if self._loss is None:
             return output
         return self._loss.total(output, saved.targets, self._shard) / self._denominator

@@ -158,11 +158,13 @@ class Wire:
     """The messages of this rank.
 
     Args:
+        process_group: Of all ranks.
         names: What to call each rank in an error, by rank.
         timeout_s: The deadline of a wait that names no other.
     """
 
-    def __init__(self, names: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, process_group: dist.ProcessGroupGloo, names: Sequence[str], timeout_s: float) -> None:
+        self._process_group = process_group
         self.names = list(names)
         self.timeout_s = timeout_s
         self._paces: dict[int, Pace] = {}
@@ -184,17 +186,24 @@ class Wire:
         transfer = Transfer(tensor, self.names[peer], self.timeout_s)
         pace = self._paces.get(peer)
         if pace is None or self._pacer is None:
-            transfer.post(lambda: dist.isend(tensor, peer, tag=tag))
+            transfer.post(lambda: self._send(tensor, peer, tag))
         else:
             self._pacer.submit(
-                peer, pace, tensor.nbytes, lambda: transfer.post(lambda: dist.isend(tensor, peer, tag=tag))
+                peer, pace, tensor.nbytes, lambda: transfer.post(lambda: self._send(tensor, peer, tag))
             )
         return transfer
+
+    def _send(self, tensor: Tensor, peer: int, tag: int) -> dist.Work:
+        return self._process_group.send([tensor], peer, tag)  # type: ignore[attr-defined,no-any-return]
 
     def receive(self, tensor: Tensor, peer: int, tag: int) -> Transfer:
         """Begin to receive into a contiguous CPU tensor of exactly the shape and type that the peer sends."""
         transfer = Transfer(tensor, self.names[peer], self.timeout_s)
-        transfer.post(lambda: dist.irecv(tensor, peer, tag=tag))
+        transfer.post(
+            lambda: self._process_group.recv(  # type: ignore[attr-defined]
+                [tensor], peer, tag
+            )
+        )
         return transfer
 
     def send_message(self, peer: int, message: Message) -> None:
@@ -212,7 +221,7 @@ class Wire:
         transfers = []
         for tensor in _encode(message):
             transfer = Transfer(tensor, name, timeout_s)
-            transfer.post(lambda tensor=tensor: dist.isend(tensor, peer, tag=RECORD_TAG))  # type: ignore[misc]
+            transfer.post(lambda tensor=tensor: self._send(tensor, peer, RECORD_TAG))  # type: ignore[misc]
             transfers.append(transfer)
         return transfers
 

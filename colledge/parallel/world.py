@@ -64,6 +64,9 @@ def _choose_interface(address: str) -> None:
 def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     """Join the world of RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
+    It is no default process group of torch.distributed: that is left to the libraries of a backend, which take it
+    for the devices that train.
+
     Args:
         timeout_s: The deadline of every wait that names no other, joining included.
 
@@ -75,7 +78,8 @@ def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=limit)))
         store.set_timeout(limit)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        own_store = dist.PrefixStore("colledge/world", store)  # type: ignore[attr-defined]
+        process_group = dist.ProcessGroupGloo(own_store, rank, size, limit)
     except (RuntimeError, ValueError) as fault:
         line = str(fault).splitlines()[0]
         raise LaunchError(
@@ -84,9 +88,4 @@ def join_world(timeout_s: float = DEFAULT_TIMEOUT_S) -> World:
         ) from None
     names = [f"rank {r}" for r in range(size)]
     names[COORDINATOR_RANK] = "the coordinator"
-    return World(rank, size, store, Wire(names, timeout_s))
-
-
-def leave_world() -> None:
-    """Close the connections to all other processes."""
-    dist.destroy_process_group()
+    return World(rank, size, store, Wire(process_group, names, timeout_s))

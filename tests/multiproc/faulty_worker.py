@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 
 from colledge.errors import ColledgeError
 from colledge.parallel import DeviceWorker, Message, Wire
@@ -24,7 +23,7 @@ from colledge.parallel import gradients as gradients_module
 from colledge.parallel.groups import Group
 from colledge.parallel.stage import StageRunner
 from colledge.parallel.wire import COORDINATOR_RANK, RECORD_TAG
-from colledge.parallel.world import join_world, leave_world
+from colledge.parallel.world import join_world
 from tests.multiproc.workers import Workers
 
 SINK_TAG = 77
@@ -92,7 +91,7 @@ def _echo(message: Message, wire: Wire) -> Message:
 
 def _babble(message: Message, wire: Wire) -> Message:
     header = torch.tensor(message.fields["header"], dtype=torch.int64)
-    dist.isend(header, COORDINATOR_RANK, tag=RECORD_TAG).wait()
+    wire.send(header, COORDINATOR_RANK, RECORD_TAG).wait("babble")
     return Message({})
 
 
@@ -116,7 +115,6 @@ def main() -> None:
     except ColledgeError as fault:
         print(f"faulty worker: {fault}", file=sys.stderr, flush=True)
         os._exit(fault.exit_code)
-    leave_world()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from colledge.parallel import Message
-from colledge.parallel.world import join_world, leave_world
+from colledge.parallel.world import join_world
 
 
 def free_port() -> int:
@@ -62,4 +62,3 @@ class Workers:
                 except Exception:
                     process.kill()
                     process.wait()
-        leave_world()
