@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from colledge.errors import ConfigError
 from colledge.launch.planning import PlanningInputs, make_report, show
+from colledge.models.layered import BatchRows, StageModule
 from colledge.parallel.clock import Clock
 from colledge.parallel.executor import Executor
 from colledge.parallel.setup import RouteEstimate
@@ -243,7 +244,7 @@ def test_bytes_travel_in_the_plans_wire_precision(wire_precision: str | None, dt
     assert receiver.expected_s(exchanges, last.received[0]) == last.received[0].nbytes / 8.0
 
 
-class Watched(nn.Module):
+class Watched(StageModule):
     """A linear that does not keep its output, and tells whether anyone does."""
 
     def __init__(self) -> None:
@@ -255,6 +256,9 @@ class Watched(nn.Module):
         output: Tensor = self.linear(x)
         self.output = weakref.ref(output)
         return output
+
+    def next_rows(self, rows: BatchRows | None) -> None:
+        pass
 
 
 def test_what_was_sent_is_not_kept_for_the_backward() -> None:
