@@ -14,14 +14,15 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from colledge.errors import ConfigError
+from colledge.errors import ColledgeError, ConfigError
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.run_config import load_pool, load_run
 from colledge.launch.stop import StopRequest
 from colledge.launch.training import Training
 from colledge.models import HuggingFaceCausalLM
-from colledge.parallel import World
-from colledge.parallel.checkpoint import find_whole_checkpoint, read_state
+from colledge.parallel import Engine, EngineSettings, OptimizerSettings, World
+from colledge.parallel.checkpoint import find_whole_checkpoint, read_state, save_checkpoint
+from colledge.plan import Plan
 from colledge.records import read_json
 from colledge.report import StepMetrics, read_metrics
 from tests.multiproc.test_cli import (  # noqa: F401  (fixtures)
@@ -33,6 +34,7 @@ from tests.multiproc.test_cli import (  # noqa: F401  (fixtures)
     folder,
     template,
 )
+from tests.multiproc.test_exactness import Case, _config, _start_weights, make_batch
 from tests.multiproc.workers import Workers
 
 VALIDATION = ("data.validation_split=0.2", "data.sequence_length=64")
@@ -278,22 +280,44 @@ def test_tensorboard_has_the_figures_of_metrics_also_after_a_resume(runs: Runs, 
 
 
 @pytest.fixture
-def small_disk(folder: Path) -> Iterator[Path]:  # noqa: F811
-    path = folder / "out"
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(path)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
         pytest.skip("only root can mount a small disk")
     yield path
     subprocess.run(["umount", str(path)], check=True)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(
-    folder: Path,  # noqa: F811
-    small_disk: Path,
-) -> None:
-    result = colledge(folder, "train", "run.yaml", "--plan", "one.json", "checkpoint_every=2", timeout_s=150)
-    assert_one_line(result, "checkpoint-4 could not be saved", "No space left", "make room", "--resume auto")
-    assert checkpoints(OutputFolder(small_disk)) == {2}
-    assert read_state(small_disk / "checkpoint-2").step == 2
-    assert not list(small_disk.glob(".*partial"))
+def test_a_full_disk_leaves_the_checkpoint_before_it(small_disk: Path, workers: Workers) -> None:
+    case = Case(model="llama-untied")
+    _, weights = _start_weights(case)
+    model = HuggingFaceCausalLM(_config(case.model).to_dict())
+    alone = Plan.model_validate(
+        {
+            "schema": "colledge/plan/1",
+            "num_layers": len(model.layer_names),
+            "global_batch_size": case.global_batch_size,
+            "microbatch_size": case.global_batch_size,
+            "stages": [
+                {
+                    "layers": [0, len(model.layer_names)],
+                    "replicas": [
+                        {"samples": case.global_batch_size, "shards": [{"device": "d0", "fraction": 1.0}]}
+                    ],
+                }
+            ],
+        }
+    )
+    settings = EngineSettings(OptimizerSettings(), precision="float64")
+    engine = Engine(alone, model, weights, settings, workers.ranks, workers.wire)
+    engine.train_step(make_batch(case, 0))
+    save_checkpoint(engine, small_disk, 0, {})
+    engine.train_step(make_batch(case, 1))
+    with pytest.raises(ColledgeError, match=r"checkpoint-2 could not be saved .*No space left") as full:
+        save_checkpoint(engine, small_disk, 0, {})
+    assert "make room" in full.value.fix
+    engine.close()
+    assert [path.name for path in small_disk.iterdir()] == ["checkpoint-1"]
+    assert read_state(small_disk / "checkpoint-1").step == 1

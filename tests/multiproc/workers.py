@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 from colledge.parallel import Message
 from colledge.parallel.world import join_world
@@ -43,9 +44,11 @@ class Workers:
         ]
         for process, cgroup in zip(self.processes, cgroups, strict=bool(cgroups)):
             (cgroup / "cgroup.procs").write_text(str(process.pid))  # before it has loaded anything
-        os.environ.update({**shared, "RANK": "0"})
         try:
-            self.wire = join_world(timeout_s).wire
+            with mock.patch.dict(
+                os.environ, {**shared, "RANK": "0"}
+            ):  # others, such as Trainer, look for them too
+                self.wire = join_world(timeout_s).wire
         except BaseException:
             for process in self.processes:
                 process.kill()
