@@ -210,15 +210,18 @@ def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
         and model.precision in (None, inputs.run.precision)
         and model.mixed_precision == inputs.run.mixed_precision
         and model.frozen_precision == inputs.run.frozen_precision
-        and _trained_bytes(inputs) == [layer.trainable_parameter_bytes for layer in model.layers]
+        and _trains_the_same(inputs, model)
     )
     return profiles if same else None
 
 
-def _trained_bytes(inputs: Inputs) -> list[int]:
-    """Return the bytes of what each layer trains."""
+def _trains_the_same(inputs: Inputs, profile: ModelProfile) -> bool:
+    """Return whether a profile is of a model that is trained whole, or of these very adapters, as the run says."""
+    trained = [layer.trainable_parameter_bytes for layer in profile.layers]
+    if inputs.run.adapters is None:
+        return trained == [layer.parameter_bytes for layer in profile.layers]
     model, item_bytes = inputs.model, ITEM_BYTES[inputs.run.precision]
-    return [
+    return trained == [
         item_bytes * sum(prod(s) for n, s in model.layer_parameters(index).items() if model.trains(n))
         for index in range(len(model.layer_names))
     ]
