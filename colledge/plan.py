@@ -157,11 +157,13 @@ class StepFigures(Record):
 class Plan(Record):
     """plan.json: how a model is split over devices (decided; a plan written by hand loads too).
 
-    `wire_precision` is that of activations and their gradients between stages; None is as they are computed.
+    `wire_precision` is that of activations and their gradients between stages; None is as they are computed. `layers`
+    is the half-open range of layers that run, None for all: the input of a later first layer is cached activations.
     """
 
     schema_tag: Literal["colledge/plan/1"] = Field(alias="schema")
     num_layers: int = Field(ge=1)
+    layers: tuple[int, int] | None = None
     global_batch_size: int = Field(ge=1)
     microbatch_size: int = Field(ge=1)
     schedule: PlanSchedule = PlanSchedule()
@@ -179,17 +181,23 @@ class Plan(Record):
         return self
 
     def _check_layers(self) -> None:
-        expected = 0
+        first, last = self.layer_range
+        if not 0 <= first < last <= self.num_layers:
+            raise ValueError(
+                f"layers [{first}, {last}) are no half-open range within [0, {self.num_layers}) (num_layers)"
+            )
+        expected = first
         for index, stage in enumerate(self.stages):
             if stage.layers[0] != expected:
                 raise ValueError(
                     f"stages[{index}].layers starts at {stage.layers[0]}, wanted {expected}: "
-                    "stages must be contiguous and begin at layer 0"
+                    f"stages must be contiguous and begin at layer {first}"
                 )
             expected = stage.layers[1]
-        if expected != self.num_layers:
+        if expected != last:
+            key = "num_layers" if self.layers is None else "layers"
             raise ValueError(
-                f"the stages cover layers [0, {expected}), wanted [0, {self.num_layers}) (num_layers)"
+                f"the stages cover layers [{first}, {expected}), wanted [{first}, {last}) ({key})"
             )
 
     def _check_samples(self) -> None:
@@ -243,6 +251,11 @@ class Plan(Record):
             )
 
     @property
+    def layer_range(self) -> tuple[int, int]:
+        """The half-open range of layers that run."""
+        return self.layers or (0, self.num_layers)
+
+    @property
     def num_stages(self) -> int:
         """The number of pipeline stages."""
         return len(self.stages)
@@ -263,6 +276,12 @@ class Plan(Record):
             for r, replica in enumerate(stage.replicas):
                 for k, shard in enumerate(replica.shards):
                     yield Place(stage_index=s, replica_index=r, shard_index=k, shard=shard)
+
+    def row_indices(self, place: Place) -> list[int]:
+        """Return the rows of a batch that a device computes, micro-batch after micro-batch."""
+        start, stop = self.stages[place.stage_index].row_ranges[place.replica_index]
+        size = self.microbatch_size
+        return [m * size + row for m in range(self.num_microbatches) for row in range(start, stop)]
 
     def recomputes(self, stage_index: int) -> bool:
         """Return whether a stage computes its activations again in the backward pass."""

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+ROW = (
+    "row"  # among a batch's inputs: the numbers of its rows in the data, by which cached activations are kept
+)
+
 
 @dataclass(frozen=True)
 class Batch:

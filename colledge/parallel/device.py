@@ -17,14 +17,16 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from colledge.data.batch import ROW
 from colledge.errors import ColledgeError, DeviceError
 from colledge.models import build_model
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES, OutputShard
+from colledge.parallel.activation_cache import DeviceCache
 from colledge.parallel.backends import Backend, check_installed
 from colledge.parallel.backends.native import NativeBackend
 from colledge.parallel.clock import Clock
-from colledge.parallel.executor import Executor
+from colledge.parallel.executor import Executor, StageInput
 from colledge.parallel.gradients import Gradients, PartialSums, TiedWeight
 from colledge.parallel.groups import Group, GroupFactory
 from colledge.parallel.setup import DeviceSetup, make_optimizer, parameter_groups, undecayed
@@ -67,6 +69,7 @@ class DeviceWorker:
         self._wire = world.wire
         self._groups = GroupFactory(world)
         self._part: _Part | None = None
+        self._cache = DeviceCache(world.wire)
         self._handlers = dict(handlers or {})
 
     def serve(self) -> None:
@@ -97,7 +100,8 @@ class DeviceWorker:
     def _answer(self, command: str, message: Message) -> Message:
         if command == "setup":
             self._leave()
-            self._part = _Part(DeviceSetup.model_validate(message.fields["setup"]), self._wire, self._groups)
+            setup = DeviceSetup.model_validate(message.fields["setup"])
+            self._part = _Part(setup, self._wire, self._groups, self._cache)
             return Message({})
         if command == "teardown":
             self._leave()
@@ -105,6 +109,15 @@ class DeviceWorker:
             return Message({})
         if command in self._handlers:
             return self._handlers[command](message, self._wire)
+        match command:
+            case "open_cache":
+                return self._cache.open(message)
+            case "find_missing_rows":
+                return self._cache.find_missing(message)
+            case "fill_cache":
+                return self._cache.fill(message, self._part.activations if self._part is not None else None)
+            case "close_cache":
+                return self._cache.close(message)
         if self._part is None:
             raise DeviceError(f"command {command!r} came before setup.")
         match command:
@@ -140,8 +153,8 @@ class DeviceWorker:
 class _Part:
     """This device's part of a plan: modules, gradients, optimizer."""
 
-    def __init__(self, setup: DeviceSetup, wire: Wire, groups: GroupFactory) -> None:
-        self._setup = setup
+    def __init__(self, setup: DeviceSetup, wire: Wire, groups: GroupFactory, cache: DeviceCache) -> None:
+        self._setup, self._cache = setup, cache
         plan = setup.plan
         self._place = place = next(p for p in plan.places() if p.shard.device == setup.device)
         self._stage = stage = plan.stages[place.stage_index]
@@ -165,19 +178,19 @@ class _Part:
         ops = ShardGroupOps(shards, self._clock) if shards is not None else None
         module, self._parameters = self._model.build_stage(stage.layers, dtype, self._units, ops)
         module.to(device)
-        is_last = place.stage_index == plan.num_stages - 1
-        self._output_shard = self._find_output_shard(ops) if is_last else None
+        has_head = stage.layers[1] == len(self._model.layer_names)
+        self._output_shard = self._find_output_shard(ops) if has_head else None
         trained = {n: p for n, p in _unique(self._parameters).items() if p.requires_grad}
         self._backend = self._make_backend(module, trained, groups, shards, replicas, tied_group)
         self._runner = StageRunner(
             module,
-            LOSSES[setup.loss] if is_last else None,
+            LOSSES[setup.loss] if has_head else None,
             plan.recomputes(place.stage_index),
             self._output_shard,
             MicrobatchRows(setup.seed, *stage.row_ranges[place.replica_index], plan.microbatch_size),
             self._backend,
         )
-        self._reports_loss = is_last and place.shard_index == 0
+        self._reports_loss = has_head and place.shard_index == 0
         self._executor = Executor(
             plan,
             place,
@@ -333,8 +346,7 @@ class _Part:
             {
                 "loss": float(self._runner.loss_sum) if self._reports_loss else 0.0,
                 "gradient_norm": norm,
-                "compute_s": self._clock.compute_s,
-                "communicate_s": self._clock.communicate_s,
+                **self._seconds(),
                 "peak_memory_bytes": _peak_bytes(torch.device(self._setup.accelerator)),
             }
         )
@@ -358,6 +370,16 @@ class _Part:
             return Message({"loss": 0.0})
         return Message({"loss": loss}, {"output": torch.cat(outputs)} if outputs else {})
 
+    def activations(self, message: Message) -> tuple[Tensor | None, dict[str, float]]:
+        """Run the forwards of a prefix of the model; return its last boundary, where it is here, and the seconds."""
+        x, context, _ = self._rows(message)
+        self._clock.reset()
+        fields = message.fields
+        found = [
+            out for _, out in self._executor.infer(fields["step"], x, context, tuple(fields["boundary"]))
+        ]
+        return torch.cat(found) if found else None, self._seconds()
+
     def _whole_output(self, output: Tensor) -> Tensor:
         """Return all columns of an output of which the shards hold parts."""
         if self._output_shard is None:
@@ -367,13 +389,30 @@ class _Part:
         whole[..., start:stop] = output
         return self._output_shard.ops.sum_in_place(whole)
 
-    def _rows(self, message: Message) -> tuple[Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
+    def _seconds(self) -> dict[str, float]:
+        """Return what this device did since the clock was reset."""
+        return {"compute_s": self._clock.compute_s, "communicate_s": self._clock.communicate_s}
+
+    def _rows(self, message: Message) -> tuple[StageInput | None, dict[str, Tensor], dict[str, Tensor]]:
+        """Return a message's rows: of the first stage's input by micro-batch, of the context, and of the targets."""
         parts: dict[str, dict[str, Tensor]] = {"x": {}, "context": {}, "targets": {}}
         device = torch.device(self._setup.accelerator)
         for key, tensor in message.tensors.items():
             kind, _, name = key.partition("/")
             parts[kind][name] = tensor.to(device)
-        return parts["x"].get(self._model.input_name), parts["context"], parts["targets"]
+        return self._stage_input(parts["x"]), parts["context"], parts["targets"]
+
+    def _stage_input(self, x: Mapping[str, Tensor]) -> StageInput | None:
+        """Return what gives the first stage a micro-batch's rows: tokens that came, or activations kept here."""
+
+        def tokens(microbatch: int) -> Tensor:
+            return self._executor.rows(x[self._model.input_name], microbatch)
+
+        def activations(microbatch: int) -> Tensor:
+            rows = self._executor.rows(x[ROW], microbatch)
+            return self._cache.read(rows).to(self._setup.accelerator)
+
+        return (activations if ROW in x else tokens) if x else None
 
 
 def _unique(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:

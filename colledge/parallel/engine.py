@@ -17,7 +17,7 @@ import torch
 from pydantic import JsonValue
 from torch import Tensor
 
-from colledge.data.batch import Batch
+from colledge.data.batch import ROW, Batch
 from colledge.errors import ColledgeError, ConfigError, DeadlineError, DeviceError, ModelError
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import IGNORED, LOSSES
@@ -108,7 +108,7 @@ class Engine:
         self._loss = LOSSES[settings.loss]
         self.step = 0
         self._setup()
-        for name in model.layer_names:
+        for name in model.layer_names[slice(*plan.layer_range)]:
             self._write_layer(name, self._layer_values(name, weights), None)
 
     # -- setting up and tearing down ---------------------------------------------------------------------------
@@ -249,7 +249,7 @@ class Engine:
             for device, answer in answers.items():
                 if "output" not in answer.tensors:
                     continue
-                rows = torch.tensor(self._row_indices(self._places[device]))
+                rows = torch.tensor(self.plan.row_indices(self._places[device]))
                 output = answer.tensors["output"]
                 if whole is None:
                     whole = output.new_empty(size * self.plan.num_microbatches, *output.shape[1:])
@@ -257,6 +257,10 @@ class Engine:
             assert whole is not None
             outputs.append(whole[:num_rows])
         return torch.cat(outputs)
+
+    def prefix_messages(self, batch: Batch) -> dict[str, Message]:
+        """Return what each device is told to run the forwards of a batch of `global_batch_size` rows."""
+        return self._rows(batch, {"command": "fill_cache", "step": self.step})
 
     def _infer(self, batch: Batch, want: Literal["loss", "outputs"]) -> dict[str, Message]:
         fields = {"command": "infer", "step": self.step, "want": want}
@@ -276,23 +280,18 @@ class Engine:
                     tensor[len(indices) :] = IGNORED
             yield Batch({k: v[filled] for k, v in batch.inputs.items()}, targets), len(indices)
 
-    def _row_indices(self, place: Place) -> list[int]:
-        """Return the rows of a batch that a device computes, micro-batch after micro-batch."""
-        start, stop = self.plan.stages[place.stage_index].row_ranges[place.replica_index]
-        size = self.plan.microbatch_size
-        return [m * size + row for m in range(self.plan.num_microbatches) for row in range(start, stop)]
-
     def _rows(self, batch: Batch, fields: Mapping[str, object]) -> dict[str, Message]:
         """Return each device's message of a step: its rows of what its stage needs, and the agreed shapes."""
         model = self.model
         boundary = model.boundary_shape(tuple(batch.inputs[model.input_name].shape[1:]))
         messages = {}
         for device, place in self._places.items():
-            rows = torch.tensor(self._row_indices(place), dtype=torch.int64)
+            rows = torch.tensor(self.plan.row_indices(place), dtype=torch.int64)
             tensors = {}
             if len(rows):
                 if place.stage_index == 0:
-                    tensors[f"x/{model.input_name}"] = batch.inputs[model.input_name][rows]
+                    name = ROW if self.plan.layer_range[0] > 0 else model.input_name
+                    tensors[f"x/{name}"] = batch.inputs[name][rows]
                 for name in model.context_names:
                     if name in batch.inputs:
                         tensors[f"context/{name}"] = batch.inputs[name][rows]

@@ -11,7 +11,7 @@ computes them next (in the plan's wire precision, where it has one):
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,8 @@ from colledge.parallel.stage import StageRunner
 from colledge.parallel.wire import Transfer, Wire
 from colledge.plan import Place, Plan
 from colledge.schedule import Action, ActionKind, Schedule
+
+StageInput = Callable[[int], Tensor]  # a micro-batch's rows of what the first stage takes
 
 _LOOKAHEAD = 2
 _FORWARD_TAG, _BACKWARD_TAG = 1000, 1001
@@ -189,7 +191,7 @@ class Executor:
     def train(
         self,
         step: int,
-        x: Tensor | None,
+        x: StageInput | None,
         context: Mapping[str, Tensor],
         targets: Mapping[str, Tensor],
         boundary: tuple[int, ...],
@@ -198,7 +200,7 @@ class Executor:
 
         Args:
             step: For error messages.
-            x: On the first stage, this rank's rows of the model's input, micro-batch after micro-batch.
+            x: On the first stage, gives this rank's rows of its input.
             context: This rank's rows of what every stage needs.
             targets: On the last stage, this rank's rows of the targets.
             boundary: The shape of one row of activations.
@@ -224,7 +226,7 @@ class Executor:
                         self._settle(sent, ActionKind.SEND_FORWARD, microbatch, what)  # long since taken
                     case ActionKind.FORWARD:
                         assert microbatch is not None
-                        rows = arrived.pop(action) if x is None else self.rows(x, microbatch)
+                        rows = arrived.pop(action) if x is None else x(microbatch)
                         clock.begin_compute()
                         made[action] = runner.forward(
                             microbatch, rows, self._rows(context, microbatch), self._rows(targets, microbatch)
@@ -270,7 +272,7 @@ class Executor:
     def infer(
         self,
         step: int,
-        x: Tensor | None,
+        x: StageInput | None,
         context: Mapping[str, Tensor],
         boundary: tuple[int, ...],
     ) -> Iterator[tuple[int, Tensor]]:
@@ -283,7 +285,7 @@ class Executor:
         sent: list[Transfer] = []
         for m in range(self._num_microbatches):
             receive = Action(ActionKind.RECEIVE_FORWARD, stage, m)
-            rows = self.rows(x, m) if x is not None else inbox.take(receive, f"{receive} of {step}")
+            rows = x(m) if x is not None else inbox.take(receive, f"{receive} of {step}")
             self.clock.begin_compute()
             output = self._runner.infer(rows, self._rows(context, m))
             self.clock.end_compute()
