@@ -195,7 +195,8 @@ def test_every_device_keeps_what_it_reads_and_nothing_else(workers: Workers, hom
     rows = {d: len(torch.unique(torch.cat([r[_taken(rest, d)] for r in _steps()]))) for d in sizes}
     read = {device: len(rows) for device, rows in _readers(rest).items()}
     assert sizes == {device: read[device] * LENGTH * 32 * 8 for device in sizes}
-    assert rows["d1"] == read["d1"] == 0 and rows["d2"] < NUM_ROWS
+    assert rows["d1"] == read["d1"] == 0
+    assert rows["d2"] < NUM_ROWS
     caches.close(remove=True)
 
 
@@ -236,7 +237,7 @@ def test_a_damaged_row_is_never_read(tmp_path: Path) -> None:
     assert cache.missing([4, 5, 7]) == [5]
     path = tmp_path / "cache" / "activations"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    with pytest.raises(Exception, match="row 7 of the activation cache .* is missing or damaged"):
+    with pytest.raises(Exception, match=r"row 7 of the activation cache .* is missing or damaged"):
         cache.read([7])
     with pytest.raises(Exception, match="in use by another run"):
         ActivationCache(tmp_path / "cache", (3, 2), torch.float32)
