@@ -255,6 +255,22 @@ class Plan(Record):
         """The half-open range of layers that run."""
         return self.layers or (0, self.num_layers)
 
+    def alone(self) -> Plan:
+        """Return the same plan for a model that has only the layers that run."""
+        first, last = self.layer_range
+        return self._moved(-first, last - first, None)
+
+    def within(self, layers: tuple[int, int], num_layers: int) -> Plan:
+        """Return a plan for a whole model as one for these layers of a model of `num_layers`."""
+        return self._moved(layers[0], num_layers, None if layers == (0, num_layers) else layers)
+
+    def _moved(self, by: int, num_layers: int, layers: tuple[int, int] | None) -> Plan:
+        stages = tuple(
+            stage.model_copy(update={"layers": (stage.layers[0] + by, stage.layers[1] + by)})
+            for stage in self.stages
+        )
+        return self.model_copy(update={"stages": stages, "num_layers": num_layers, "layers": layers})
+
     @property
     def num_stages(self) -> int:
         """The number of pipeline stages."""

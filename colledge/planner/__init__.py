@@ -95,6 +95,8 @@ def plan_training(
     """
     started = perf_counter()
     devices = _usable(pool, request)
+    whole, layers = model, request.layers or (0, len(model.layers))
+    model = whole.part(layers)  # planned for as if it were a model of its own
     costs = PoolCosts(pool, model, request.wire_precision)
     _check_times(costs, devices)
     bounds = lower_bounds(costs, request)
@@ -103,7 +105,7 @@ def plan_training(
         sizes = microbatch_sizes(request.global_batch_size, most_microbatches)
         search = Search(costs, request, devices, sizes, effort)
         known = [baseline.plan for baseline in baselines if baseline.plan is not None]
-        best = search.run([*known, *seeds])
+        best = search.run([*known, *(seed.alone() for seed in seeds)])
         if best is not None:
             break
     else:
@@ -122,17 +124,27 @@ def plan_training(
         figures = step_figures(plan, pool, simulate(plan, costs), memory)
         return plan.model_copy(update={"prediction": figures})
 
+    def placed(plan: Plan) -> Plan:
+        return plan.within(layers, len(whole.layers))
+
     chosen = finish(best)
     if request.switch_modes:
         chosen = with_prediction(paced(chosen, costs))
-    families: dict[str, Plan] = {family: finish(found) for family, found in search.families().items()}
+    chosen = placed(chosen)
+    families: dict[str, Plan] = {name: placed(finish(found)) for name, found in search.families().items()}
     families[chosen.family] = chosen
-    reasons = explain(chosen, families, bounds, request, pool, model, baselines)
+    baselines = tuple(
+        one.model_copy(update={"plan": placed(one.plan)}) if one.plan is not None else one
+        for one in baselines
+    )
+    reasons = explain(chosen, families, bounds, request, pool, whole, baselines)
     reasons.append(search.coverage())
     return PlanningResult(
         best=chosen,
         families=families,
-        frontier=tuple(chosen if found.draft == best.draft else finish(found) for found in search.frontier()),
+        frontier=tuple(
+            chosen if found.draft == best.draft else placed(finish(found)) for found in search.frontier()
+        ),
         bounds=bounds,
         baselines=baselines,
         reasons=tuple(reasons),
@@ -193,7 +205,9 @@ def _nothing_found(
 
 def _too_late(search: Search, best: Found, bounds: PlanBounds, deadline_s: float) -> PlanError:
     wanted = format_seconds(deadline_s)
-    fastest = make_plan(best.draft, search.tables.num_layers, search.request.global_batch_size).describe()
+    plan = make_plan(best.draft, search.tables.num_layers, search.request.global_batch_size)
+    layers = search.request.layers or (0, plan.num_layers)
+    fastest = plan.within(layers, layers[1]).describe()
     if deadline_s < bounds.step_s:
         message = (
             f"a deadline of {wanted} a step is impossible: no plan on these devices can take less than "

@@ -114,10 +114,12 @@ def _different(pool: PoolProfile) -> list[str]:
 def _holds(device: str, costs: PoolCosts, request: PlanningRequest) -> bool:
     """Return whether a device can train the model alone in the least memory: single rows, computed again."""
     num_layers = len(costs.model.layers)
-    alone = Stage(layers=(0, num_layers), replicas=(Replica(samples=1, shards=(Shard(device=device),)),))
+    layers = request.layers or (0, num_layers)
+    alone = Stage(layers=layers, replicas=(Replica(samples=1, shards=(Shard(device=device),)),))
     plan = Plan(
         schema_tag="colledge/plan/1",
         num_layers=num_layers,
+        layers=request.layers,
         global_batch_size=request.global_batch_size,
         microbatch_size=1,
         stages=(alone,),

@@ -245,7 +245,8 @@ def plan_memory(
     plan: Plan, pool: PoolProfile, model: ModelProfile, optimizer_state_factor: float
 ) -> dict[str, MemoryParts]:
     """Return what each device of a plan holds, part by part."""
-    memory, depths = MemoryModel(model, optimizer_state_factor), plan.warmup_depths()
+    memory = MemoryModel(model.part(plan.layer_range), optimizer_state_factor)
+    plan, depths = plan.alone(), plan.warmup_depths()
     parts = {}
     for place in plan.places():
         stage = plan.stages[place.stage_index]

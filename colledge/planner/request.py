@@ -25,6 +25,7 @@ class PlanningRequest(Record):
     only that of the devices that a plan uses. `switch_modes`: devices can change their power mode between two
     computations, so those that nobody waits for are slowed down (`planner.pace`). `wire_precision` is that of
     messages between stages; only who asks gets another one than that of computing, since training is not exact then.
+    `layers` is the half-open range of layers to plan for; None is all of them.
     """
 
     global_batch_size: int = Field(ge=1, le=1_000_000)
@@ -36,6 +37,7 @@ class PlanningRequest(Record):
     accounting: Accounting = "whole-pool"
     switch_modes: bool = False
     wire_precision: WirePrecision | None = None
+    layers: tuple[int, int] | None = None
 
 
 class PlanBounds(Record):
