@@ -103,6 +103,15 @@ class ModelProfile(Record):
         return self
 
     @property
+    def first_trained(self) -> int:
+        """The first layer that trains anything, or the number of layers where none does.
+
+        No gradient travels below it. A tied weight that trains counts in both of its layers.
+        """
+        trained = (index for index, layer in enumerate(self.layers) if layer.trainable_parameter_bytes > 0)
+        return next(trained, len(self.layers))
+
+    @property
     def shard_units(self) -> int:
         """The coarsest unit that every sharded layer can be cut into (1: the model cannot be sharded)."""
         units = [layer.tensor.units for layer in self.layers if layer.tensor is not None]
