@@ -299,9 +299,19 @@ class Plan(Record):
         size = self.microbatch_size
         return [m * size + row for m in range(self.num_microbatches) for row in range(start, stop)]
 
-    def recomputes(self, stage_index: int) -> bool:
-        """Return whether a stage computes its activations again in the backward pass."""
-        return self.recompute is not None and self.recompute[stage_index]
+    def first_backward(self, first_trained: int) -> int:
+        """Return the first stage that runs backwards, or the number of stages where none does.
+
+        Args:
+            first_trained: The model's first layer that trains anything. No gradient need travel below it, so a stage
+                that ends at or before it runs forwards only.
+        """
+        return sum(stage.layers[1] <= first_trained for stage in self.stages)
+
+    def recomputes(self, stage_index: int, first_trained: int = 0) -> bool:
+        """Return whether a stage computes its activations again in its backwards, where it has any."""
+        wanted = self.recompute is not None and self.recompute[stage_index]
+        return wanted and self.stages[stage_index].layers[1] > first_trained
 
     def warmup_depths(self) -> tuple[int, ...]:
         """Return the forwards that each stage runs before its first backward."""

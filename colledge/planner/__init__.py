@@ -116,7 +116,9 @@ def plan_training(
 
     def finish(found: Found) -> Plan:
         plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
-        return with_prediction(plan.model_copy(update={"wire_precision": request.wire_precision}))
+        again = tuple(plan.recomputes(s, costs.first_trained) for s in range(plan.num_stages))
+        changes = {"wire_precision": request.wire_precision, "recompute": again if any(again) else None}
+        return with_prediction(plan.model_copy(update=changes))
 
     def with_prediction(plan: Plan) -> Plan:
         plan = Plan.model_validate(plan.model_dump(by_alias=True))

@@ -61,11 +61,13 @@ def step_lower_bound(
     num_microbatches: int,
     one_medium: bool,
     larger: Callable[[Any, Any], Any] = np.maximum,
+    first_backward: int = 0,
 ) -> Number:
     """Return a lower bound of step_s for each candidate.
 
     Each stage cannot start before the first micro-batch reaches it, computes all micro-batches, and is followed
-    by the way back of the last one. Each boundary carries its bytes between those two.
+    by the way back of the last one; without a backward, by its way on and back to where gradients end. Each boundary
+    carries its bytes between those two.
 
     Args:
         stages: Durations of each stage.
@@ -73,31 +75,41 @@ def step_lower_bound(
         num_microbatches: Micro-batches in a step.
         one_medium: Whether all transfers share one medium.
         larger: The larger of two numbers; `max` is much quicker for plain ones.
+        first_backward: The first stage that runs backwards; those before it neither compute nor receive gradients.
     """
-    last = len(stages) - 1
+    last, first = len(stages) - 1, first_backward
     start: list[Any] = [0.0]
     for stage, hop in zip(stages, hops, strict=False):
         fill = stage.forward_max_s if hop.waits_for_all else stage.forward_min_s
         start.append(start[-1] + fill + hop.forward_first_s)
-    end: list[Any] = [stages[0].tail_s]
-    for before, hop, stage in zip(stages, hops, stages[1:], strict=False):
-        end.append(larger(stage.tail_s, hop.backward_first_s + before.backward_min_s + end[-1]))
-    round_trip = [stages[last].forward_min_s + stages[last].backward_min_s]
-    for stage, hop in zip(reversed(stages[:-1]), reversed(hops), strict=True):
-        way = hop.forward_first_s + hop.backward_first_s
-        round_trip.insert(0, stage.forward_min_s + way + round_trip[0] + stage.backward_min_s)
+    # From the start of a micro-batch's forward to the end of what its stage computes last for it.
+    stay: list[Any] = [stage.forward_min_s for stage in stages]
+    for s in range(last, first - 1, -1):
+        if s < last:
+            stay[s] = stay[s] + (hops[s].forward_first_s + hops[s].backward_first_s) + stay[s + 1]
+        stay[s] = stay[s] + stages[s].backward_min_s
+    end: list[Any] = [stage.tail_s for stage in stages]  # what follows all that a stage computes
+    for s in range(first + 1, last + 1):
+        way_back = hops[s - 1].backward_first_s + stages[s - 1].backward_min_s
+        end[s] = larger(end[s], way_back + end[s - 1])
+    for s in range(min(first, last) - 1, -1, -1):
+        end[s] = hops[s].forward_first_s + stay[s + 1] + end[s + 1]
     bound: Any = 0.0
     for s, stage in enumerate(stages):
         bound = larger(bound, start[s] + num_microbatches * stage.busy_s + end[s])
     for s, hop in enumerate(hops):
-        out = start[s] + stages[s].forward_min_s + hop.forward_total_s + round_trip[s + 1] + end[s + 1]
-        back = start[s + 1] + round_trip[s + 1] + hop.backward_total_s + stages[s].backward_min_s + end[s]
-        bound = larger(bound, larger(out, back))
+        out = start[s] + stages[s].forward_min_s + hop.forward_total_s + stay[s + 1] + end[s + 1]
+        bound = larger(bound, out)
+        if s >= first:
+            back = start[s + 1] + stay[s + 1] + hop.backward_total_s + stages[s].backward_min_s + end[s]
+            bound = larger(bound, back)
     if one_medium and hops:
-        carried = sum((hop.forward_total_s + hop.backward_total_s for hop in hops), 0.0)
+        ways = [h.forward_total_s + (h.backward_total_s if s >= first else 0.0) for s, h in enumerate(hops)]
+        carried = sum(ways, 0.0)
         negated_least: Any = -math.inf
-        for stage, rest in zip(stages, end, strict=True):
-            negated_least = larger(negated_least, -(stage.backward_min_s + rest))
+        for s, (stage, rest) in enumerate(zip(stages, end, strict=True)):
+            after_last = stage.backward_min_s if s >= first else stage.forward_min_s
+            negated_least = larger(negated_least, -(after_last + rest))
         bound = larger(bound, stages[0].forward_min_s + carried - negated_least)
     result: Number = bound
     return result

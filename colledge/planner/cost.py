@@ -176,6 +176,8 @@ def _boundary_share(model: ModelProfile, wire_precision: WirePrecision | None) -
 class PoolCosts:
     """What computing and sending take for one model on one pool; implements `colledge.schedule.Costs`.
 
+    Layers below the first that trains anything have no backward and no update, whatever their kind's timings say.
+
     Args:
         pool: The devices and links.
         model: The layers and timings.
@@ -189,6 +191,7 @@ class PoolCosts:
         self, pool: PoolProfile, model: ModelProfile, wire_precision: WirePrecision | None = None
     ) -> None:
         self.pool, self.model, self.wire_precision = pool, model, wire_precision
+        self.first_trained = model.first_trained
         self._boundary_share = _boundary_share(model, wire_precision)
         self._times = _read_timings(model)
         self._rates = _read_rates(pool)
@@ -231,18 +234,30 @@ class PoolCosts:
 
     @cached_property
     def _layer_classes(self) -> tuple[LayerClass, ...]:
-        first: dict[LayerProfile, int] = {}
+        first: dict[tuple[LayerProfile, bool], int] = {}
         classes = []
         for index, layer in enumerate(self.model.layers):
             alike = layer.model_copy(update={"name": "", "tied_to": None})
-            classes.append((layer.kind, layer.tensor is not None, first.setdefault(alike, index)))
+            number = first.setdefault((alike, index >= self.first_trained), index)
+            classes.append((layer.kind, layer.tensor is not None, number))
         return tuple(classes)
 
     def layer_s(self, device: str, mode: str | None, layer: int, samples: int, fraction: float) -> float:
         """Return forward plus backward seconds of one layer; a layer without tensor split ignores `fraction`."""
+        return sum(
+            self._seconds(
+                self.pool.device(device).kind, mode or self._modes[device], layer, samples, fraction
+            )
+        )
+
+    def _seconds(
+        self, kind: str, mode: str, layer: int, samples: int, fraction: float
+    ) -> tuple[float, float]:
+        """Return the forward and backward seconds of one layer."""
         profile = self.model.layers[layer]
-        kind, name = self.pool.device(device).kind, mode or self._modes[device]
-        return sum(self._table(kind, name, profile).seconds(samples, fraction if profile.tensor else 1.0))
+        part = fraction if profile.tensor else 1.0
+        forward, backward = self._table(kind, mode, profile).seconds(samples, part)
+        return forward, backward if layer >= self.first_trained else 0.0
 
     def _rates_of(self, kind: str, mode: str) -> _Rates | None:
         """Return the pool's rates, else those of the catalog."""
@@ -279,10 +294,9 @@ class PoolCosts:
         """Return forward and backward seconds of layers [0, i), for i = 0 .. num_layers."""
         known: dict[LayerClass, tuple[float, float]] = {}
         rows = []
-        for layer, alike in zip(self.model.layers, self._layer_classes, strict=True):
+        for layer, alike in enumerate(self._layer_classes):
             if alike not in known:
-                part = fraction if layer.tensor else 1.0
-                known[alike] = self._table(kind, mode, layer).seconds(samples, part)
+                known[alike] = self._seconds(kind, mode, layer, samples, fraction)
             rows.append(known[alike])
         return (
             tuple(accumulate((f for f, _ in rows), initial=0.0)),
@@ -293,7 +307,9 @@ class PoolCosts:
         """Return update seconds of layers [0, i), for i = 0 .. num_layers."""
         updates = (
             self._table(kind, mode, layer).update_s(fraction if layer.tensor else 1.0)
-            for layer in self.model.layers
+            if index >= self.first_trained
+            else 0.0
+            for index, layer in enumerate(self.model.layers)
         )
         return tuple(accumulate(updates, initial=0.0))
 
@@ -339,11 +355,13 @@ class PoolCosts:
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return forward and backward all-reduce seconds of layers [0, i), for i = 0 .. num_layers."""
         forward, backward = [], []
-        for layer in self.model.layers:
+        for index, layer in enumerate(self.model.layers):
             tensor = layer.tensor
             once = self.allreduce_s(devices, tensor.allreduce_bytes_per_sample * samples) if tensor else 0.0
             forward.append(tensor.forward_allreduces * once if tensor else 0.0)
-            backward.append(tensor.backward_allreduces * once if tensor else 0.0)
+            backward.append(
+                tensor.backward_allreduces * once if tensor and index >= self.first_trained else 0.0
+            )
         return tuple(accumulate(forward, initial=0.0)), tuple(accumulate(backward, initial=0.0))
 
     def inner_allreduce_s(

@@ -32,6 +32,10 @@ class Draft(NamedTuple):
         """The devices in plan order."""
         return tuple(d for stage in self.stages for replica in stage.group for d in replica)
 
+    def first_backward(self, first_trained: int) -> int:
+        """Return the first stage that runs backwards, as `Plan.first_backward` does."""
+        return sum(stage.layers[1] <= first_trained for stage in self.stages)
+
 
 def make_draft(microbatch_size: int, stages: tuple[StageDraft, ...], num_microbatches: int) -> Draft:
     """Return a draft with the depths of plain 1F1B."""

@@ -199,10 +199,23 @@ class Exact:
             if self._options(group, size) is None:
                 return None
             found = [self._stage(group, size, cut[s], cut[s + 1]) for cut in cuts]
-            stages.append(StageBounds(*np.array([f.floor for f in found]).T))
+            stages.append(np.array([f.floor for f in found]).T)
             watts = watts + np.array([f.floor_watts for f in found])
-        step_s, joules = self._bound(layout, size, np.array(cuts), stages, watts)
-        return np.broadcast_to(step_s, len(cuts)), np.broadcast_to(joules, len(cuts))
+        edges = np.array(cuts)
+        step_s, joules = np.zeros(len(cuts)), np.zeros(len(cuts))
+        firsts = self._first_backward(edges)
+        for first in np.unique(
+            firsts
+        ):  # what runs backwards is the same for all cuts that are bounded together
+            some = firsts == first
+            arrays = [StageBounds(*stage[:, some]) for stage in stages]
+            step_s[some], joules[some] = self._bound(layout, size, edges[some], arrays, watts[some])
+        return step_s, joules
+
+    def _first_backward(self, cuts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the first stage that runs backwards under each cut."""
+        first: npt.NDArray[np.int64] = (cuts[:, 1:] <= self.costs.first_trained).sum(axis=1)
+        return first
 
     def _bound(
         self,
@@ -212,10 +225,14 @@ class Exact:
         stages: Sequence[StageBounds[Array]],
         watts: Array,
     ) -> tuple[Array, Array]:
-        """Return lower bounds of step time and energy; the arrays of the stages broadcast together."""
+        """Return lower bounds of step time and energy; the arrays of the stages broadcast together.
+
+        Under all of the cuts the same stages run backwards.
+        """
         count = self.batch // size
         hops, one_medium = self._hops(layout, size, count, cuts)
-        step_s = step_lower_bound(stages, hops, count, one_medium)
+        first = int(self._first_backward(cuts)[0])
+        step_s = step_lower_bound(stages, hops, count, one_medium, first_backward=first)
         used = {device for group in layout for replica in group for device in replica}
         watts = watts + sum(w for device, w in self._left_out_w.items() if device not in used)
         dynamic = sum((stage.dynamic_joules for stage in stages), np.zeros(()))
@@ -339,6 +356,8 @@ class Exact:
         share = options.units[:, None, :]
         needed = tables.memory.least_bytes((start, stop), share, options.rows[:, :, None], overheads)
         busy = np.where((needed > room + 1).any(axis=(1, 2)), np.inf, busy)
+        if stop <= self.costs.first_trained:  # no backward, so recomputation would be the same plan again
+            busy = np.where([option.recompute for option in options.options], np.inf, busy)
         dynamic = options.compute_w * (count * (own_f + own_b) + own_u)
         dynamic = dynamic + options.talk_w * ((count * (reduce_f + reduce_b))[:, :, None] + sync[:, None])
         works = options.rows > 0
@@ -429,8 +448,12 @@ class Exact:
                     (cut[s], cut[s + 1]), group, option.samples, option.units, option.modes, option.recompute
                 )
             )
-        for depth in depth_vectors(len(layout), self.batch // size):
-            yield Draft(size, tuple(stages), depth)
+        first = int(self._first_backward(np.array([cut]))[0])
+        told_apart: dict[tuple[int, ...], tuple[int, ...]] = {}  # by the depths of stages that run backwards
+        for depths in depth_vectors(len(layout), self.batch // size):
+            told_apart.setdefault(depths[first:], depths)
+        for depths in told_apart.values():
+            yield Draft(size, tuple(stages), depths)
 
 
 def _shares(total: int, parts: int) -> Iterator[tuple[int, ...]]:

@@ -107,15 +107,17 @@ class Judge:
             self._hop_bound(left.group, right.group, left.layers[1], draft.microbatch_size, count)
             for left, right in pairwise(draft.stages)
         ]
-        step_s = step_lower_bound([arrays for arrays, _ in stages], hops, count, False, max)
+        arrays, first = [bounds for bounds, _ in stages], draft.first_backward(self.costs.first_trained)
+        step_s = step_lower_bound(arrays, hops, count, False, max, first)
         watts = sum(floor for _, floor in stages)
         if self.request.accounting == "whole-pool":
             watts += self._idle_w - sum(self._devices[device].modes[0].idle_w for device in draft.devices)
-        return step_s, watts * step_s + sum(arrays.dynamic_joules for arrays, _ in stages)
+        return step_s, watts * step_s + sum(bounds.dynamic_joules for bounds in arrays)
 
     def _stage_bounds(self, stage: StageDraft, count: int) -> tuple[StageBounds[float], float]:
         """Return the bounds of a stage, and the watts that its devices draw at least."""
         total, several = sum(stage.units), len(stage.group) > 1
+        recompute = stage.recompute and stage.layers[1] > self.costs.first_trained
         forwards, backwards, updates = [], [], [0.0]
         watts = joules = 0.0
         for devices, replica in zip(stage.group, make_stage(stage).replicas, strict=True):
@@ -124,7 +126,7 @@ class Judge:
                 power = self._modes[shard.device][shard.mode]
                 forward, backward = self.costs.compute_s(stage.layers, shard, rows)
                 update = self.costs.update_s(stage.layers, shard)
-                if stage.recompute:
+                if recompute:
                     backward += forward
                 slow_f, slow_b = max(slow_f, forward), max(slow_b, backward)
                 updates.append(update)
@@ -132,7 +134,7 @@ class Judge:
                 watts += floor
                 joules += (power.compute_w - floor) * (count * (forward + backward) + update)
             reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, devices, rows)
-            if stage.recompute:
+            if recompute:
                 reduce_b += reduce_f
             if rows:
                 forwards.append(slow_f + reduce_f)

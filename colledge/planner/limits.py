@@ -147,7 +147,7 @@ def _allreduces(plan: Plan, costs: PoolCosts) -> Iterator[tuple[tuple[str, ...],
             devices = tuple(shard.device for shard in replica.shards)
             if len(devices) > 1:
                 forward_s, backward_s = costs.inner_allreduce_s(stage.layers, devices, replica.samples)
-                rounds = 2 if plan.recomputes(index) else 1
+                rounds = 2 if plan.recomputes(index, costs.first_trained) else 1
                 tensors = [layers[i].tensor for i in range(*stage.layers)]
                 largest = max((t.allreduce_bytes_per_sample for t in tensors if t is not None), default=0)
                 seconds = plan.num_microbatches * (rounds * forward_s + backward_s)

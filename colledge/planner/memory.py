@@ -18,7 +18,9 @@ from colledge.units import format_bytes
 _Number = TypeVar("_Number", float, Array)
 
 _LEAST_BYTES = 1e-9  # of a sample: a layer may keep nothing
-_BUFFERS_EACH_WAY = 2  # as parallel/executor.py holds; a forward send is held until its gradient is back
+# As parallel/executor.py holds: receives posted ahead, and sends not yet taken. A forward send is held until its
+# gradient is back; where none comes back, the second send before it is waited for.
+_BUFFERS_EACH_WAY = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,8 @@ class MemoryParts:
 class _SpanBytes:
     """Bytes of a span of layers: (of layers that split over shards, of layers that every shard holds whole).
 
-    Sums over the layers; of `workspace` and `gradient` the largest.
+    Sums over the layers; of `workspace` and `gradient` the largest. `returned_bytes` is the input's gradient, sent back
+    to where something trains; without a backward nothing is in flight but what waits to be sent.
     """
 
     parameters: tuple[int, int]
@@ -58,7 +61,17 @@ class _SpanBytes:
     workspace: tuple[int, int]
     gradient: tuple[int, int]
     input_bytes: int
+    returned_bytes: int
     output_bytes: int
+    has_backward: bool
+
+    def in_flight(self, depth: int) -> int:
+        """Return the micro-batches that wait for a backward at a warm-up depth."""
+        return depth if self.has_backward else 0
+
+    def wire_bytes(self, depth: int) -> float:
+        """Return the bytes a sample of wire buffers at a warm-up depth."""
+        return _wire(self.input_bytes, self.returned_bytes, self.output_bytes, self.in_flight(depth))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +89,8 @@ class MemoryModel:
     """Answers how many bytes a load needs, for one model and optimizer."""
 
     def __init__(self, model: ModelProfile, optimizer_state_factor: float) -> None:
-        self._layers = model.layers
+        self._layers, self._first_trained = model.layers, model.first_trained
+        self._saved_bytes, self._workspace_bytes = _activations(model)
         self._ties = find_ties(model.layers)
         self._factor = optimizer_state_factor
         self._spans: dict[tuple[int, int], _SpanBytes] = {}
@@ -85,7 +99,8 @@ class MemoryModel:
         """Return the parts of a load."""
         span, fraction, samples = self._span(load.layers), load.fraction, load.samples
         trainable = _share(span.trainable, fraction)
-        kept = samples * _kept(_share(span.saved, fraction), span.input_bytes, load.in_flight, load.recompute)
+        in_flight = span.in_flight(load.in_flight)
+        kept = samples * _kept(_share(span.saved, fraction), span.input_bytes, in_flight, load.recompute)
         workspace = _largest(span.gradient, fraction) + samples * _largest(span.workspace, fraction)
         return MemoryParts(
             parameters_bytes=_share(span.parameters, fraction),
@@ -94,7 +109,7 @@ class MemoryModel:
             activations_bytes=kept,
             workspace_bytes=workspace,
             allocator_bytes=device.allocator_overhead * (kept + workspace),
-            wire_buffers_bytes=samples * _wire(span.input_bytes, span.output_bytes, load.in_flight),
+            wire_buffers_bytes=samples * span.wire_bytes(load.in_flight),
             runtime_bytes=device.runtime_bytes,
         )
 
@@ -104,9 +119,9 @@ class MemoryModel:
         """Return the most samples that fit on a device, rounded down; negative where not even the weights fit."""
         span = self._span(layers)
         grow = 1 + device.allocator_overhead
-        kept = _kept(_share(span.saved, fraction), span.input_bytes, in_flight, recompute)
+        kept = _kept(_share(span.saved, fraction), span.input_bytes, span.in_flight(in_flight), recompute)
         each = grow * (kept + _largest(span.workspace, fraction))
-        each += _wire(span.input_bytes, span.output_bytes, in_flight)
+        each += span.wire_bytes(in_flight)
         static = self.static_bytes(layers, fraction) + grow * _largest(span.gradient, fraction)
         return float((device.room_bytes - static) // max(each, _LEAST_BYTES))
 
@@ -140,14 +155,17 @@ class MemoryModel:
                 shared, trained = shared_bytes(self._layers, tie)
                 parameters[tie[1]] -= shared
                 trainable[tie[1]] -= trained
+        input_bytes = self._layers[start - 1].output_bytes_per_sample if start else 0
         return _SpanBytes(
             parameters=self._split(parameters),
             trainable=self._split(trainable),
             saved=self._saved(layers),
-            workspace=self._most({i: self._layers[i].workspace_bytes_per_sample for i in layers}),
+            workspace=self._most({i: self._workspace_bytes[i] for i in layers}),
             gradient=self._most({i: self._layers[i].largest_gradient_bytes for i in layers}),
-            input_bytes=self._layers[start - 1].output_bytes_per_sample if start else 0,
+            input_bytes=input_bytes,
+            returned_bytes=input_bytes if start > self._first_trained else 0,
             output_bytes=self._layers[stop - 1].output_bytes_per_sample if stop < len(self._layers) else 0,
+            has_backward=stop > self._first_trained,
         )
 
     def _split(self, sizes: Mapping[int, int]) -> tuple[int, int]:
@@ -155,9 +173,11 @@ class MemoryModel:
         return sharded, sum(sizes.values()) - sharded
 
     def _saved(self, layers: range) -> tuple[int, int]:
-        sharded, whole = self._split({i: self._layers[i].saved_bytes_per_sample for i in layers})
+        sharded, whole = self._split({i: self._saved_bytes[i] for i in layers})
         every = sum(
-            t.whole_saved_bytes_per_sample for i in layers if (t := self._layers[i].tensor) is not None
+            t.whole_saved_bytes_per_sample
+            for i in layers
+            if (t := self._layers[i].tensor) is not None and i >= self._first_trained
         )
         return sharded - every, whole + every
 
@@ -184,28 +204,51 @@ class SpanMemory:
         for a, b in find_ties(layers):
             shared, trained = shared_bytes(layers, (a, b))
             self.static[: a + 1, b + 1 :] -= shared + factor * trained  # held once where a span has both ends
-        self._saved = _sums([layer.saved_bytes_per_sample for layer in layers])
-        self._workspace = _maxima([layer.workspace_bytes_per_sample for layer in layers])
+        saved, workspace = _activations(model)
+        self._saved, self._workspace = _sums(saved), _maxima(workspace)
         self._gradient = _maxima([layer.largest_gradient_bytes for layer in layers])
         border = np.array([0.0, *(float(layer.output_bytes_per_sample) for layer in layers[:-1]), 0.0])
         self._input, self._output = border[:, None], border[None, :]
+        trains = (np.arange(len(border)) > model.first_trained).astype(float)
+        self._returned, self._has_backward = self._input * trains[:, None], trains[None, :]
 
     def total_bytes(self, overhead: float, samples: int, in_flight: int, recompute: bool) -> Array:
         """Return the bytes of so many samples, without the runtime, with an allocator's overhead."""
-        kept = samples * _kept(self._saved, self._input, in_flight, recompute)
+        kept = samples * self._kept(in_flight, recompute)
         workspace = self._gradient + samples * self._workspace
-        wire = samples * _wire(self._input, self._output, in_flight)
+        wire = samples * self._wire(in_flight)
         total: Array = self.static + (1 + overhead) * (kept + workspace) + wire
         return total
 
     def most_samples(self, room_bytes: float, overhead: float, in_flight: int, recompute: bool) -> Array:
         """Return the most samples that fit into the room, rounded down; negative where not even the weights fit."""
-        grow, kept = 1 + overhead, _kept(self._saved, self._input, in_flight, recompute)
-        each = grow * (kept + self._workspace) + _wire(self._input, self._output, in_flight)
+        grow = 1 + overhead
+        each = grow * (self._kept(in_flight, recompute) + self._workspace) + self._wire(in_flight)
         fitting: Array = (float(room_bytes) - self.static - grow * self._gradient) // np.maximum(
             each, _LEAST_BYTES
         )
         return fitting
+
+    def _kept(self, in_flight: int, recompute: bool) -> Array:
+        return _kept(self._saved, self._input, in_flight * self._has_backward, recompute)
+
+    def _wire(self, in_flight: int) -> Array:
+        return _wire(self._input, self._returned, self._output, in_flight * self._has_backward)
+
+
+def _activations(model: ModelProfile) -> tuple[list[int], list[int]]:
+    """Return the bytes a sample that each layer keeps for its backward, and those it holds for a moment beside.
+
+    A layer below the first that trains keeps nothing: all that its kind would keep is held for a moment at most.
+    """
+    first_trained = model.first_trained
+    kept: list[int] = []
+    workspace: list[int] = []
+    for index, layer in enumerate(model.layers):
+        saved = layer.saved_bytes_per_sample
+        kept.append(saved if index >= first_trained else 0)
+        workspace.append(layer.workspace_bytes_per_sample + saved - kept[-1])
+    return kept, workspace
 
 
 def _share(sizes: tuple[int, int], fraction: _Number) -> _Number:
@@ -216,15 +259,15 @@ def _largest(sizes: tuple[int, int], fraction: float) -> float:
     return max(fraction * sizes[0], sizes[1])
 
 
-def _kept(saved: _Number, into: _Number, in_flight: int, recompute: bool) -> _Number:
+def _kept(saved: _Number, into: _Number, in_flight: _Number, recompute: bool) -> _Number:
     """Return the bytes a sample that wait for a backward: all that is saved, or inputs and one micro-batch's rest."""
     return in_flight * into + saved if recompute else in_flight * saved
 
 
-def _wire(into: _Number, out: _Number, in_flight: int) -> _Number:
-    """Return the bytes a sample of buffers: receives and gradients sent; gradients received and sends."""
+def _wire(into: _Number, returned: _Number, out: _Number, in_flight: _Number) -> _Number:
+    """Return the bytes a sample of buffers: receives and gradients sent; gradients received (or sends) and sends."""
     # Of full size, an upper bound where messages are rounded to a narrower wire precision.
-    return 2 * _BUFFERS_EACH_WAY * into + (_BUFFERS_EACH_WAY + in_flight) * out
+    return _BUFFERS_EACH_WAY * (into + returned) + (_BUFFERS_EACH_WAY + in_flight) * out
 
 
 def _sums(sizes: Sequence[float]) -> Array:

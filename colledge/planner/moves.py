@@ -148,16 +148,20 @@ class Moves:
             return
         for depths in depth_vectors(num_stages, count)[:8]:
             yield self._held(draft._replace(depths=depths))
-        for s in range(num_stages if num_stages <= _MANY_STAGES else 0):
+        first = draft.first_backward(self.tables.costs.first_trained)
+        for s in range(first, num_stages if num_stages <= _MANY_STAGES else 0):
             for step in (1, -1):
-                depths = tuple(d + step * (i == s) for i, d in enumerate(draft.depths))
+                moved = draft.depths[s] + step  # stages without a backward have no depth of their own
+                free = tuple(max(d, moved) for d in draft.depths[:first])
+                depths = (*free, *draft.depths[first:s], moved, *draft.depths[s + 1 :])
                 if 1 <= depths[s] <= count and all(a >= b for a, b in pairwise(depths)):
                     yield self._held(draft._replace(depths=depths))
 
     def recomputation(self, draft: Draft) -> Iterator[Draft]:
         """Recompute a stage's activations, or keep them."""
         for s, stage in enumerate(draft.stages):
-            yield _with(draft, {s: stage._replace(recompute=not stage.recompute)})
+            if stage.layers[1] > self.tables.costs.first_trained:
+                yield _with(draft, {s: stage._replace(recompute=not stage.recompute)})
 
     # -- which devices ---------------------------------------------------------------------------------------
 

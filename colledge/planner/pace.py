@@ -86,7 +86,8 @@ def _joules(plan: Plan, costs: PoolCosts) -> float:
 
 def _computations(plan: Plan, costs: PoolCosts) -> Iterator[_Computation]:
     """Yield every forward and backward of every replica, in the order in which its stage runs them."""
-    orders = compute_order(plan.warmup_depths(), plan.num_microbatches)
+    first = plan.first_backward(costs.first_trained)
+    orders = compute_order(plan.warmup_depths(), plan.num_microbatches, first)
     for s, (stage, order) in enumerate(zip(plan.stages, orders, strict=True)):
         for r in range(len(stage.replicas)):
             choices = [_choices(plan, costs, s, r, backward) for backward in (False, True)]
@@ -105,7 +106,8 @@ def _choices(plan: Plan, costs: PoolCosts, stage_index: int, r: int, backward: b
 
     def choice(mode: PowerMode) -> _Choice:
         times = costs.compute_s(stage.layers, shard.model_copy(update={"mode": mode.name}), replica.samples)
-        seconds = times[1] + (times[0] if plan.recomputes(stage_index) else 0.0) if backward else times[0]
+        again_s = times[0] if plan.recomputes(stage_index, costs.first_trained) else 0.0
+        seconds = times[1] + again_s if backward else times[0]
         return _Choice(mode.name, seconds, (mode.compute_w - own.idle_w) * seconds)
 
     first = choice(own)
@@ -204,7 +206,8 @@ class _Program:
                     rows = min(a_stop, b_stop) - max(a_start, b_start)
                     if rows > 0:
                         self._message((s, a), (s + 1, b), "F", rows * row_bytes)
-                        self._message((s + 1, b), (s, a), "B", rows * row_bytes)
+                        if left.layers[1] > self.costs.first_trained:
+                            self._message((s + 1, b), (s, a), "B", rows * row_bytes)
 
     def _message(
         self, sender: tuple[int, int], receiver: tuple[int, int], kind: str, num_bytes: float

@@ -245,6 +245,7 @@ class Sweep:
         order = sorted(range(len(classes)), key=lambda k: classes[k].order)
         synced = self._between(self.tables.synced_bytes.sum(axis=0))
         into = np.where(self._start > 0, self.tables.out_bytes[np.maximum(self._start - 1, 0)], 0.0)
+        ways = np.where(self._start > self.tables.costs.first_trained, 2, 1)
         best = np.full(shape, np.inf)
         members = self.takes.sum(axis=1)
         for flag in (False, True):
@@ -287,7 +288,7 @@ class Sweep:
             )
             sync = np.where((members > 1)[:, None] & (synced > 0), ring_s, 0.0)
             weight = np.where(self._start == 0, 1.0, 0.4)
-            seconds = fill + 2 * sending + weight * (sync + update)
+            seconds = fill + ways * sending + weight * (sync + update)
             value = goal.watts * seconds + goal.dynamic * count * dynamic
             if self.marginal:
                 value += goal.dynamic * idle[:, None] * (tau[:, None] * (count - 1) + seconds)

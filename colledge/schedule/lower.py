@@ -42,8 +42,10 @@ class Schedule:
         return cls(stages, max(numbers, default=-1) + 1)
 
     def in_flight(self, stage: int) -> int:
-        """Return the most micro-batches whose activations a stage keeps at once."""
+        """Return the most micro-batches whose activations a stage keeps for their backwards at once."""
         most = alive = 0
+        if not has_backwards(self.stages[stage]):
+            return 0
         for action in self.stages[stage]:
             if action.kind is ActionKind.FORWARD:
                 alive += 1
@@ -53,19 +55,28 @@ class Schedule:
         return most
 
 
+def has_backwards(actions: Sequence[Action]) -> bool:
+    """Return whether a stage with these actions runs backwards."""
+    return any(action.kind is ActionKind.BACKWARD for action in actions)
+
+
 def lower(order: Sequence[Sequence[Action]], num_microbatches: int) -> Schedule:
-    """Return the schedule that runs a computation order: receives, sends, SYNC and STEP inserted."""
+    """Return the schedule that runs a computation order: receives, sends, SYNC and STEP inserted.
+
+    Gradients are sent to stages that run backwards.
+    """
     last = len(order) - 1
     stages = []
     for stage, computations in enumerate(order):
         actions: list[Action] = []
+        sends_back = stage > 0 and has_backwards(order[stage - 1])
         for action in computations:
             if action.kind is ActionKind.FORWARD:
                 before = ActionKind.RECEIVE_FORWARD if stage > 0 else None
                 after = ActionKind.SEND_FORWARD if stage < last else None
             else:
                 before = ActionKind.RECEIVE_BACKWARD if stage < last else None
-                after = ActionKind.SEND_BACKWARD if stage > 0 else None
+                after = ActionKind.SEND_BACKWARD if sends_back else None
             if before is not None:
                 actions.append(Action(before, stage, action.microbatch))
             actions.append(action)
@@ -76,6 +87,12 @@ def lower(order: Sequence[Sequence[Action]], num_microbatches: int) -> Schedule:
     return Schedule(tuple(stages), num_microbatches)
 
 
-def plan_schedule(plan: Plan) -> Schedule:
-    """Return the schedule of a plan: what the planner simulates and the engine runs."""
-    return lower(compute_order(plan.warmup_depths(), plan.num_microbatches), plan.num_microbatches)
+def plan_schedule(plan: Plan, first_trained: int = 0) -> Schedule:
+    """Return the schedule of a plan: what the planner simulates and the engine runs.
+
+    Args:
+        plan: The plan.
+        first_trained: The model's first layer that trains anything; stages that end there or before run no backwards.
+    """
+    count = plan.num_microbatches
+    return lower(compute_order(plan.warmup_depths(), count, plan.first_backward(first_trained)), count)

@@ -38,6 +38,10 @@ class Costs(Protocol):
     def ties(self) -> tuple[tuple[int, int], ...]:
         """Pairs of layers (earlier, later) that train one shared weight."""
 
+    @property
+    def first_trained(self) -> int:
+        """The first layer that trains anything: those before it have no backward, and their answers count none."""
+
     def compute_s(self, layers: tuple[int, int], shard: Shard, samples: int) -> tuple[float, float]:
         """Return the forward and backward seconds of one shard for `samples` rows, without all-reduces."""
 
@@ -156,9 +160,11 @@ _Script = tuple[tuple[int, int, int], ...]
 
 
 @lru_cache(maxsize=512)
-def _scripts(warmup: tuple[int, ...], num_microbatches: int) -> tuple[Schedule, tuple[_Script, ...]]:
+def _scripts(
+    warmup: tuple[int, ...], num_microbatches: int, first_backward: int
+) -> tuple[Schedule, tuple[_Script, ...]]:
     """Return the schedule and, a stage, its actions as (code, 0 forward or 1 backward, micro-batch)."""
-    schedule = lower(compute_order(warmup, num_microbatches), num_microbatches)
+    schedule = lower(compute_order(warmup, num_microbatches, first_backward), num_microbatches)
     scripts = tuple(
         tuple((*_CODES[action.kind], action.microbatch or 0) for action in stage) for stage in schedule.stages
     )
@@ -166,17 +172,18 @@ def _scripts(warmup: tuple[int, ...], num_microbatches: int) -> tuple[Schedule, 
 
 
 @lru_cache(maxsize=512)
-def _one_by_one(warmup: tuple[int, ...], num_microbatches: int) -> _Script:
+def _one_by_one(warmup: tuple[int, ...], num_microbatches: int, first_backward: int) -> _Script:
     """Return every (stage, 0 forward or 1 backward, micro-batch), each after all that it waits for."""
     orders = [
         [(0 if action.kind is ActionKind.FORWARD else 1, action.microbatch or 0) for action in stage]
-        for stage in compute_order(warmup, num_microbatches)
+        for stage in compute_order(warmup, num_microbatches, first_backward)
     ]
     last, done = len(orders) - 1, [[0, 0] for _ in orders]
     position = [0] * len(orders)
     found: list[tuple[int, int, int]] = []
     stage = 0
-    while len(found) < 2 * num_microbatches * len(orders):
+    number = sum(map(len, orders))
+    while len(found) < number:
         order, at = orders[stage], position[stage]
         while at < len(order):
             code, microbatch = order[at]
@@ -225,6 +232,7 @@ class _Run:
     def __init__(self, plan: Plan, costs: Costs, record: bool) -> None:
         self.plan, self.costs, self.record = plan, costs, record
         self.num_microbatches = plan.num_microbatches
+        self.first_backward = plan.first_backward(costs.first_trained)
         self.media: dict[str, int] = {}
         self.actors: list[_Actor] = []
         self.first_actor: list[int] = []
@@ -243,12 +251,12 @@ class _Run:
     @cached_property
     def schedule(self) -> Schedule:
         """The schedule that the engine runs too."""
-        return _scripts(self.plan.warmup_depths(), self.num_microbatches)[0]
+        return _scripts(self.plan.warmup_depths(), self.num_microbatches, self.first_backward)[0]
 
     @cached_property
     def scripts(self) -> tuple[_Script, ...]:
         """The actions of each stage."""
-        return _scripts(self.plan.warmup_depths(), self.num_microbatches)[1]
+        return _scripts(self.plan.warmup_depths(), self.num_microbatches, self.first_backward)[1]
 
     def _add_stage(self, index: int) -> None:
         stage, costs = self.plan.stages[index], self.costs
@@ -258,7 +266,7 @@ class _Run:
             times = [costs.compute_s(stage.layers, shard, replica.samples) for shard in replica.shards]
             reduce_f, reduce_b = costs.inner_allreduce_s(stage.layers, devices, replica.samples)
             slow_f, slow_b = max(f for f, _ in times), max(b for _, b in times)
-            if self.plan.recomputes(index):
+            if self.plan.recomputes(index, costs.first_trained):
                 times = [(f, f + b) for f, b in times]
                 slow_b, reduce_b = slow_f + slow_b, reduce_f + reduce_b
             self.actors.append(
@@ -286,7 +294,7 @@ class _Run:
             times = self.costs.compute_s(layers, shard.model_copy(update={"mode": mode}), replica.samples)
             forward = key[0] == "F"
             seconds = times[0] if forward else times[1]
-            if not forward and self.plan.recomputes(actor.stage):
+            if not forward and self.plan.recomputes(actor.stage, self.costs.first_trained):
                 seconds += times[0]
             durations = actor.durations_s[0 if forward else 1]
             actor.longer_s += seconds - durations[int(key[1:])]
@@ -294,7 +302,10 @@ class _Run:
             actor.paced_s[mode] = actor.paced_s.get(mode, 0.0) + seconds
 
     def _add_messages(self, index: int) -> None:
-        """Join stage `index` and the next: rows travel between the replicas whose row ranges overlap."""
+        """Join stage `index` and the next: rows travel between the replicas whose row ranges overlap.
+
+        Gradients come back where the stage runs backwards.
+        """
         left, right = self.plan.stages[index], self.plan.stages[index + 1]
         row_bytes = self.costs.boundary_bytes(left.layers[1] - 1)
         for a, (a_start, a_stop) in enumerate(left.row_ranges, start=self.first_actor[index]):
@@ -302,7 +313,8 @@ class _Run:
                 rows = min(a_stop, b_stop) - max(a_start, b_start)
                 if rows > 0:
                     self._add_pair(a, b, 0, rows * row_bytes)
-                    self._add_pair(b, a, 1, rows * row_bytes)
+                    if index >= self.first_backward:
+                        self._add_pair(b, a, 1, rows * row_bytes)
 
     def _add_pair(self, sender: int, receiver: int, direction: int, num_bytes: int) -> None:
         """Each shard k of the receiver gets its copy from the sender's shard (k mod the sender's shards)."""
@@ -369,7 +381,7 @@ class _Run:
             ]
             for stage in range(len(self.plan.stages))
         ]
-        for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), count):
+        for stage, code, microbatch in _one_by_one(self.plan.warmup_depths(), count, self.first_backward):
             for number, durations_s, arrivals_s, extend_log, messages in computing[stage][code]:
                 start, arrival = clock[number], arrivals_s[microbatch]
                 if arrival > start:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from colledge.errors import PlanError
 from colledge.schedule.action import Action, ActionKind
-from colledge.schedule.lower import Schedule
+from colledge.schedule.lower import Schedule, has_backwards
 
 _SENT_AS = {
     ActionKind.RECEIVE_FORWARD: (ActionKind.SEND_FORWARD, -1),
@@ -20,15 +20,19 @@ _NEEDS = {  # what must have happened on the same stage before
 def validate(schedule: Schedule) -> None:
     """Check that every stage computes every micro-batch once, in order, and that no stage waits for ever.
 
+    The first stages may run forwards only: nothing trains there.
+
     Raises:
         PlanError: What is wrong, with the grid of actions and the fault between `>` and `<`.
     """
+    trains = False
     for stage, actions in enumerate(schedule.stages):
-        _check_stage(schedule, stage, actions)
+        trains = trains or has_backwards(actions)
+        _check_stage(schedule, stage, actions, trains)
     _check_progress(schedule)
 
 
-def _check_stage(schedule: Schedule, stage: int, actions: tuple[Action, ...]) -> None:
+def _check_stage(schedule: Schedule, stage: int, actions: tuple[Action, ...], trains: bool) -> None:
     last = len(schedule.stages) - 1
     done: set[Action] = set()
     for position, action in enumerate(actions):
@@ -53,7 +57,7 @@ def _check_stage(schedule: Schedule, stage: int, actions: tuple[Action, ...]) ->
             raise PlanError(f"{action} {fault}.\n{_grid(schedule, {stage: position})}")
         done.add(action)
     for microbatch in range(schedule.num_microbatches):
-        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD):
+        for kind in (ActionKind.FORWARD, ActionKind.BACKWARD)[: 1 + trains]:
             if Action(kind, stage, microbatch) not in done:
                 raise PlanError(f"{Action(kind, stage, microbatch)} is missing.\n{_grid(schedule, {})}")
     if [action.kind for action in actions[-2:]] != [ActionKind.SYNC, ActionKind.STEP]:

@@ -66,7 +66,7 @@ def test_slow_memory_sets_the_time_where_it_is_slower_than_the_arithmetic() -> N
 def test_a_layer_without_arithmetic_moves_its_output() -> None:
     model = rated_model(forward_flops_per_sample=0, backward_flops_per_sample=0, trainable_parameter_bytes=0)
     costs = PoolCosts(with_rates(make_pool(["new"]), "new"), model)
-    assert costs.layer_s("a", None, 0, 2, 1.0) == pytest.approx(2 * 2 * MB / BYTES)
+    assert costs.layer_s("a", None, 0, 2, 1.0) == pytest.approx(2 * MB / BYTES)  # nothing trains: no backward
     assert costs.update_prefix_s("new", "max", 1.0)[-1] == 0
 
 

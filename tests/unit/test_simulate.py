@@ -29,6 +29,7 @@ class TableCosts:
     bytes_a_sample: int = 0
     tied: float = 0.0
     ties: tuple[tuple[int, int], ...] = ()
+    first_trained: int = 0
     asked: list[tuple[str, ...]] = field(default_factory=list)
 
     def compute_s(self, layers: tuple[int, int], shard: Shard, samples: int) -> tuple[float, float]:

@@ -114,7 +114,8 @@ class _Programme:
             f, b = np.array([f for f, _ in rows]), np.array([b for _, b in rows])
             spans_f, spans_b = (np.maximum(p[:, self.stops] - p[:, self.starts], 0.0) for p in (f, b))
             forward.append(spans_f)
-            backward.append(spans_b + spans_f if self.recompute else spans_b)
+            again = spans_f * self.setting.has_backward[self.stops]
+            backward.append(spans_b + again if self.recompute else spans_b)
         self.forward_s, self.backward_s = np.array(forward), np.array(backward)
         self.both_s = self.forward_s + self.backward_s
 
@@ -211,16 +212,18 @@ class _Programme:
         return seconds
 
     def _hop_s(self) -> Array:
-        """Return the seconds there and back of a micro-batch's boundary: [next device, layer]."""
+        """Return the seconds there and, for gradients, back of a micro-batch's boundary: [next device, layer]."""
         rows = self.size * self.setting.boundary_bytes
         seconds = np.full((len(self.order) + 1, len(rows)), np.inf)
         for following in range(1, len(self.order)):
             a, b = self.order[following - 1], self.order[following]
             try:
-                ways = self.setting.costs.route(a, b), self.setting.costs.route(b, a)
+                there, back = self.setting.costs.route(a, b), self.setting.costs.route(b, a)
             except ConfigError:  # not joined
                 continue
-            seconds[following] = sum(way.latency_s + rows / way.bandwidth_bytes_per_s for way in ways)
+            seconds[following] = there.latency_s + rows / there.bandwidth_bytes_per_s
+            back_s = back.latency_s + rows / back.bandwidth_bytes_per_s
+            seconds[following] += np.where(self.setting.has_backward, back_s, 0.0)
         return seconds
 
     # -- shares within a group ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from itertools import pairwise
 from math import isqrt
 
 import numpy as np
+import numpy.typing as npt
 
 from colledge.arrays import Array
 from colledge.errors import ConfigError
@@ -56,6 +57,11 @@ class Setting:
         """The bytes a sample that a boundary before layer i carries, for i = 0 .. num_layers; 0 before the first."""
         outputs = (self.costs.boundary_bytes(layer) for layer in range(self.num_layers))
         return np.array([0, *outputs], dtype=np.float64)
+
+    @cached_property
+    def has_backward(self) -> npt.NDArray[np.bool_]:
+        """Whether stages that end before layer i run backwards, for i = 0 .. num_layers."""
+        return np.arange(self.num_layers + 1) > self.costs.first_trained
 
     @cached_property
     def _divisors(self) -> tuple[int, ...]:
@@ -158,14 +164,16 @@ class Setting:
         parts: list[tuple[float, float]] = []  # seconds of a micro-batch there and back, of its slowest half
         for index, stage in enumerate(plan.stages):
             total = max(
-                sum(self._replica_s(stage, replica, plan.recomputes(index))) for replica in stage.replicas
+                sum(self._replica_s(stage, replica, plan.recomputes(index, self.costs.first_trained)))
+                for replica in stage.replicas
             )
             parts.append((total, total))
         for left, right in pairwise(plan.stages):
             row_bytes = self.costs.boundary_bytes(left.layers[1] - 1)
             a, b = left.replicas[-1].shards[0].device, right.replicas[0].shards[0].device
             there = self.costs.route(a, b).transfer_s(plan.microbatch_size * row_bytes)
-            back = self.costs.route(b, a).transfer_s(plan.microbatch_size * row_bytes)
+            returns = left.layers[1] > self.costs.first_trained
+            back = self.costs.route(b, a).transfer_s(plan.microbatch_size * row_bytes) if returns else 0.0
             parts.append((there + back, max(there, back)))
         return sum(total for total, _ in parts) + (plan.num_microbatches - 1) * max(slow for _, slow in parts)
 

@@ -48,7 +48,7 @@ def _plans(setting: Setting, recompute: bool) -> list[Plan]:
         stages = []
         for s, device in enumerate(setting.devices):
             forward, backward = (between(p) for p in compute_prefixes(setting, device, size))
-            seconds = forward * (2 if recompute else 1) + backward
+            seconds = forward * (1 + recompute * setting.has_backward) + backward
             most = setting.most_samples(device, min(count - s, num_microbatches), recompute)
             stages.append(np.where(empty | (most < size), np.inf, seconds))
         edges = least_slowest_cut(stages, [_hop_s(setting, a, b, size) for a, b in pairwise(setting.devices)])
@@ -62,5 +62,5 @@ def _hop_s(setting: Setting, a: str, b: str, size: int) -> Array:
     """Return the seconds of the slower way of a boundary between two devices, at each layer."""
     rows = size * setting.boundary_bytes
     ways = [setting.costs.route(a, b), setting.costs.route(b, a)]
-    hop: Array = np.max([way.latency_s + rows / way.bandwidth_bytes_per_s for way in ways], axis=0)
-    return hop
+    there, back = (way.latency_s + rows / way.bandwidth_bytes_per_s for way in ways)
+    return np.asarray(np.maximum(there, np.where(setting.has_backward, back, 0.0)))
