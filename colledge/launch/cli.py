@@ -201,6 +201,7 @@ def plan(
         return
     if run_file is not None and (supposed.supposes or accounting or must_use or switch_modes):
         inputs = replace(inputs, folder=None)
+    inputs = planning.with_cache(inputs)
     result = planning.plan(inputs)
     if as_json:
         typer.echo(planning.to_json(result, inputs))
@@ -241,7 +242,7 @@ def train(
     checkpoint = run.find_start(inputs, resume is not None, console)
     if print_commands:
         chosen.write(inputs.folder)
-        typer.echo(write_commands(run.training_job(inputs, chosen.plan, checkpoint)))
+        typer.echo(write_commands(run.training_job(inputs, chosen, checkpoint)))
         return
     if dry_run:
         typer.echo(f"ready to train {inputs.run.steps} steps under {chosen.plan.describe()}")

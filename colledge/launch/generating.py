@@ -18,8 +18,9 @@ from colledge.launch.stop import StopRequest
 from colledge.launch.training import engine_settings
 from colledge.models import HuggingFaceCausalLM
 from colledge.parallel import Engine, World
-from colledge.plan import read_plan
-from colledge.records import write_atomically
+from colledge.plan import Plan, read_plan
+from colledge.planner.caching import CachePlan
+from colledge.records import read_json, write_atomically
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool, folder: Path) -> Tensor:
@@ -109,13 +110,29 @@ def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> Job:
     asked = Generation(trained=output.resolve(), prompt=prompt, max_new_tokens=max_new_tokens, chat=chat)
     folder = OutputFolder(OutputFolder(output.resolve()).generation)
     folder.create()
-    plan = read_plan(OutputFolder(output).plan)
+    plan = _whole_plan(OutputFolder(output))
     one = plan.model_copy(update={"global_batch_size": plan.microbatch_size, "prediction": None})
     write_atomically(folder.plan, one.to_json())
     run = trained.run.model_copy(update={"backend": "native", "deepspeed": None})
-    return trained.model_copy(
-        update={"kind": "generate", "run": run, "output": folder.path, "resume": None, "generation": asked}
-    )
+    changes = {"kind": "generate", "run": run, "output": folder.path, "resume": None, "generation": asked}
+    return trained.model_copy(update={**changes, "devices": plan.devices})
+
+
+def _whole_plan(trained: OutputFolder) -> Plan:
+    """Return a run's plan, or the one of all layers where it trained on cached activations.
+
+    Raises:
+        ConfigError: There is no plan of all layers.
+    """
+    if not trained.cache.is_file():
+        return read_plan(trained.plan)
+    plan = read_json(CachePlan, trained.cache).uncached
+    if plan is None:
+        raise ConfigError(
+            f"{trained.path}: the run trained on cached activations, and no plan of all layers fits these devices.",
+            fix="generate without --pool.",
+        )
+    return plan
 
 
 def generate_job(

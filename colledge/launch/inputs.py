@@ -57,6 +57,11 @@ class RunData:
     train: Rows
     validation: Rows | None = None
 
+    @property
+    def num_rows(self) -> tuple[int, int]:
+        """The rows to train on, and to validate with."""
+        return self.train.num_rows, self.validation.num_rows if self.validation is not None else 0
+
     def notes(self) -> tuple[str, ...]:
         """Return in words what of the examples is not in the rows."""
         notes = []

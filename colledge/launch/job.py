@@ -5,6 +5,7 @@ out/
   pool-profile.json  model-profile.json      measured
   plan.json  planning.json                   decided; why
   plan.html  plan.md                         the same for people
+  activation-cache.json                      what computes the activations that are cached, if they are
   metrics.jsonl  checkpoint-<step>/          happened
   model/  or adapter/  outcome.json         what came of it: for transformers, or for PEFT
   tensorboard/                               metrics.jsonl as events, where report_to asks for them
@@ -159,6 +160,16 @@ class OutputFolder:
     def planning(self) -> Path:
         """The planner's whole answer: families, frontier, bounds, reasons."""
         return self.path / "planning.json"
+
+    @property
+    def cache(self) -> Path:
+        """How the activations are made that the plan trains from."""
+        return self.path / "activation-cache.json"
+
+    @property
+    def filled(self) -> Path:
+        """What filling the activation cache took."""
+        return self.path / "activation-cache-filled.json"
 
     @property
     def plan_html(self) -> Path:

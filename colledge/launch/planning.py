@@ -10,10 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from colledge.errors import ConfigError
+from colledge.errors import ConfigError, PlanError
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
 from colledge.planner import PlanningRequest, PlanningResult, PoolCosts, plan_memory, plan_training
+from colledge.planner.caching import CachePlan, plan_cache, prefix_layers
 from colledge.planner.explain import goal, limit_sentences
 from colledge.planner.limits import find_limits
 from colledge.planner.sources import basis, estimates, figure_sources
@@ -43,7 +44,7 @@ class PlanningInputs:
     """What to plan from, where the answer goes, and the steps of the run where they are known.
 
     The deadlines are the run's own, in seconds. `notes` says what was supposed of the pool; prices and grams are of
-    a kilowatt-hour.
+    a kilowatt-hour. `cache` is where activations come from that the plan trains on; `num_rows` of them are wanted.
     """
 
     pool: PoolProfile
@@ -56,6 +57,8 @@ class PlanningInputs:
     price_per_kwh: float | None = None
     carbon_grams_per_kwh: float | None = None
     notes: tuple[str, ...] = ()
+    cache: CachePlan | None = None
+    num_rows: int | None = None
 
 
 def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
@@ -71,7 +74,8 @@ def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
         raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `colledge profile {path}` first.")
     if run.pool.is_file():
         _check_profiles(*profiles, run, load_pool(run.pool), path)
-    return PlanningInputs(*profiles, request_of(run), folder, run.steps, run.deadline_s, run.deadline_step_s)
+    request = request_of(run, profiles[1])
+    return PlanningInputs(*profiles, request, folder, run.steps, run.deadline_s, run.deadline_step_s)
 
 
 def _check_profiles(
@@ -148,6 +152,32 @@ def constrained(
     return replace(inputs, request=parse_record(PlanningRequest, values, "the command line"))
 
 
+def with_cache(inputs: PlanningInputs) -> PlanningInputs:
+    """Return inputs with a plan of what computes the activations that they train on, if they do.
+
+    Of a deadline of the whole run, that comes first.
+
+    Raises:
+        ConfigError: There is no such plan, or the deadline leaves no time after it.
+    """
+    request, steps = inputs.request, inputs.steps
+    if request.layers is None:
+        return inputs
+    cache = plan_cache(inputs.pool, inputs.model, request)
+    if inputs.deadline_s is not None and steps is not None:
+        filling_s = cache.fill_figures(inputs.num_rows or steps * request.global_batch_size)[0]
+        left_s = (inputs.deadline_s - filling_s) / steps
+        if left_s <= 0:
+            raise PlanError(
+                f"filling the activation cache takes {format_seconds(filling_s)}, and the deadline is "
+                f"{format_seconds(inputs.deadline_s)}.",
+                fix="allow more time, or take activation_cache out.",
+            )
+        limits = [left_s] if inputs.deadline_step_s is None else [left_s, inputs.deadline_step_s]
+        request = request.model_copy(update={"deadline_step_s": min(limits)})
+    return replace(inputs, request=request, cache=cache)
+
+
 def plan(inputs: PlanningInputs) -> PlanningResult:
     """Plan from profiles; writes the plan and its reports where there is a folder."""
     if inputs.folder is not None:
@@ -163,12 +193,28 @@ def write(result: PlanningResult, inputs: PlanningInputs, folder: OutputFolder) 
     report = make_report(result, inputs)
     write_atomically(folder.plan, result.best.to_json())
     write_atomically(folder.planning, result.to_json())
+    write_cache(inputs.cache, folder)
     write_atomically(folder.plan_html, render_plan(report))
     write_atomically(folder.plan_markdown, plan_markdown(report))
 
 
-def request_of(run: RunConfig) -> PlanningRequest:
-    """Return what a run asks of the planner."""
+def write_cache(cache: CachePlan | None, folder: OutputFolder) -> None:
+    """Write activation-cache.json, or remove that of an earlier plan."""
+    if cache is None:
+        folder.cache.unlink(missing_ok=True)
+    else:
+        write_atomically(folder.cache, cache.to_json())
+
+
+def request_of(run: RunConfig, model: ModelProfile) -> PlanningRequest:
+    """Return what a run asks of the planner.
+
+    Raises:
+        ConfigError: Activations are to be cached, and nothing is worth it.
+    """
+    layers = None
+    if run.activation_cache is not None:
+        layers = (prefix_layers(model)[1], len(model.layers))
     return PlanningRequest(
         global_batch_size=run.batch.global_size,
         objective=run.objective,
@@ -178,6 +224,7 @@ def request_of(run: RunConfig) -> PlanningRequest:
         deadline_step_s=run.step_limit_s,
         optimizer_state_factor=run.optimizer.state_factor,
         wire_precision=run.wire_precision,
+        layers=layers,
     )
 
 
@@ -191,7 +238,8 @@ def read_profiles(folder: OutputFolder) -> tuple[PoolProfile, ModelProfile] | No
 def to_json(result: PlanningResult, inputs: PlanningInputs) -> str:
     """Return the planner's answer for programs: plan, families, frontier, bounds, baselines, reasons, planning_s.
 
-    Where steps or rates are known there are running_costs too, and notes on what was supposed of the pool.
+    Where steps or rates are known there are running_costs too, notes on what was supposed of the pool, and
+    activation_cache where activations are cached.
     """
     values = json.loads(result.to_json())
     values["plan"] = values.pop("best")
@@ -203,6 +251,8 @@ def to_json(result: PlanningResult, inputs: PlanningInputs) -> str:
         }
     if inputs.notes:
         values["notes"] = list(inputs.notes)
+    if inputs.cache is not None:
+        values["activation_cache"] = json.loads(inputs.cache.to_json())
     return json.dumps(values, indent=2)
 
 
@@ -268,6 +318,7 @@ def make_report(result: PlanningResult, inputs: PlanningInputs) -> PlanReport:
         estimates=warnings,
         reasons=(
             *inputs.notes,
+            *(inputs.cache.sentences(model) if inputs.cache is not None else ()),
             *(reason for reason in result.reasons if reason not in (*warnings, *limited)),
         ),
         planning_s=result.planning_s,

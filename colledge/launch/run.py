@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from colledge.errors import ConfigError, PlanError
-from colledge.launch import modelling, planning
+from colledge.launch import caching, modelling, planning
 from colledge.launch.inputs import RunData, find_model, load_data, open_model
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.planning import PlanningInputs
@@ -28,10 +28,12 @@ from colledge.parallel.backends.zero_config import check_config, complete_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
+from colledge.planner.caching import CachePlan
 from colledge.planner.explain import rounding
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import Bounds, FamilyFigures, Report, build_report, read_metrics
+from colledge.report.caching import CacheFill, CacheSaving
 from colledge.report.charts import Bar, timeline_bars
 from colledge.report.html import render
 from colledge.report.tables import comparison_table
@@ -50,6 +52,7 @@ class Inputs:
     model_folder: Path
     model: HuggingFaceCausalLM
     notes: tuple[str, ...] = ()  # what of the data is not trained on
+    num_rows: tuple[int, int] = (0, 0)  # to train on, and to validate with
 
     @property
     def folder(self) -> OutputFolder:
@@ -78,15 +81,16 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
     folder = find_model(run.model)
     model = open_model(run, folder)
     notes: tuple[str, ...] = ()
+    num_rows = (0, 0)
     if with_data:
         check_tracker(run.report_to)
         check_backend(run, pool)
         SafetensorsDirectory(folder)
         data = load_data(run, folder)
         check_data(data, model)
-        notes = data.notes()
+        notes, num_rows = data.notes(), data.num_rows
     with OutputFolder(run.output).locked():
-        return Inputs(run, pool, folder, model, notes)
+        return Inputs(run, pool, folder, model, notes, num_rows)
 
 
 def check_backend(run: RunConfig, pool: PoolConfig) -> None:
@@ -150,11 +154,21 @@ def profile(inputs: Inputs, console: Console) -> None:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A plan to train with; `planning` is the planner's answer to `asked`, None for a plan that was given."""
+    """A plan to train with; `planning` is the planner's answer to `asked`, None for a plan that was given.
+
+    `cache` is where the activations come from that it trains on, if it does.
+    """
 
     plan: Plan
     planning: PlanningResult | None
     asked: PlanningInputs | None = None
+    cache: CachePlan | None = None
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that train, and those that only fill the cache."""
+        more = self.cache.prefix.devices if self.cache is not None else ()
+        return tuple(dict.fromkeys((*self.plan.devices, *more)))
 
     def write(self, folder: OutputFolder) -> None:
         """Write plan.json, and what the planner said about it; of a plan that was given it says nothing."""
@@ -162,6 +176,7 @@ class Chosen:
             planning.write(self.planning, self.asked, folder)
             return
         write_atomically(folder.plan, self.plan.to_json())
+        planning.write_cache(self.cache, folder)
         for stale in (folder.planning, folder.plan_html, folder.plan_markdown):
             stale.unlink(missing_ok=True)
 
@@ -181,20 +196,60 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
                 fix="run `colledge profile` first, or give --plan.",
             )
         console.print(f"planning from the profiles in {inputs.folder.path}", highlight=False)
-        asked = PlanningInputs(*profiles, planning.request_of(inputs.run), steps=inputs.run.steps)
+        asked = _asked(inputs, profiles)
         result = planning.plan(asked)
         planning.show(planning.make_report(result, asked), console)
-        return Chosen(result.best, result, asked)
+        return _fits_disks(Chosen(result.best, result, asked, asked.cache), inputs, console)
     given = read_plan(plan_path)
     check_plan(given, inputs)
     for line in rounding(given, inputs.run.precision):
         console.print(line)
     if profiles is None:
+        if inputs.run.activation_cache is not None:
+            raise ConfigError(
+                f"activation_cache needs the profiles of this run, and {inputs.folder.path} holds none.",
+                fix="run `colledge profile` first.",
+            )
         console.print("no profiles of this run: memory is not checked and time is not predicted")
         return Chosen(given.model_copy(update={"prediction": None}), None)
     factor = inputs.run.optimizer.state_factor
     check_memory(given, *profiles, factor)
-    return Chosen(given.model_copy(update={"prediction": predict(given, *profiles, factor)}), None)
+    given = given.model_copy(update={"prediction": predict(given, *profiles, factor)})
+    asked = _asked(inputs, profiles)
+    wanted = asked.request.layers or (0, given.num_layers)
+    if given.layer_range != wanted:
+        raise PlanError(
+            f"the plan runs layers [{given.layer_range[0]}, {given.layer_range[1]}), the run trains layers "
+            f"[{wanted[0]}, {wanted[1]}){' from cached activations' if asked.cache is not None else ''}.",
+            fix="plan again, or change activation_cache in run.yaml.",
+        )
+    return _fits_disks(Chosen(given, None, None, asked.cache), inputs, console)
+
+
+def _asked(inputs: Inputs, profiles: tuple[PoolProfile, ModelProfile]) -> PlanningInputs:
+    """Return what to plan from for a run."""
+    run, (num_train, num_validation) = inputs.run, inputs.num_rows
+    asked = PlanningInputs(
+        *profiles,
+        planning.request_of(run, profiles[1]),
+        steps=run.steps,
+        deadline_s=run.deadline_s,
+        deadline_step_s=run.deadline_step_s,
+        num_rows=min(num_train, run.steps * run.batch.global_size) + num_validation,
+    )
+    return planning.with_cache(asked)
+
+
+def _fits_disks(chosen: Chosen, inputs: Inputs, console: Console) -> Chosen:
+    """Return a plan whose activation cache is within the limit, and say what it takes.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if chosen.cache is not None:
+        said = caching.disk_sentence(chosen.plan, chosen.cache, inputs.run, inputs.num_rows)
+        console.print(said, highlight=False)
+    return chosen
 
 
 def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
@@ -279,16 +334,16 @@ def find_start(inputs: Inputs, resume: bool, console: Console) -> Path | None:
     return checkpoint
 
 
-def training_job(inputs: Inputs, chosen: Plan, checkpoint: Path | None) -> Job:
+def training_job(inputs: Inputs, chosen: Chosen, checkpoint: Path | None) -> Job:
     """Return the job that trains under a plan: only the devices that the plan uses.
 
     Raises:
         ConfigError: The run's backend cannot run the plan, or go on from a checkpoint.
     """
     run = inputs.run
-    check_backend_plan(run.backend, chosen)
+    check_backend_plan(run.backend, chosen.plan)
     if run.deepspeed is not None:
-        complete_config(read_config(run.deepspeed), run.optimizer, chosen)
+        complete_config(read_config(run.deepspeed), run.optimizer, chosen.plan)
         if checkpoint is not None:
             raise ConfigError(
                 f"backend deepspeed cannot go on from {checkpoint}: it takes no optimizer state.",
@@ -304,7 +359,7 @@ def train(inputs: Inputs, chosen: Chosen, console: Console, checkpoint: Path | N
         ColledgeError: What ended the run.
     """
     folder = inputs.folder
-    supervisor = Supervisor(training_job(inputs, chosen.plan, checkpoint))
+    supervisor = Supervisor(training_job(inputs, chosen, checkpoint))
     chosen.write(folder)
     console.print(f"training {inputs.run.steps} steps under {chosen.plan.describe()}", highlight=False)
     with TrainingProgress(folder, inputs.run.steps, console) as progress:
@@ -327,6 +382,11 @@ def report(folder: OutputFolder) -> Report:
     result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
     profiles = planning.read_profiles(folder) if chosen.prediction is not None else None
     outcome = read_json(Outcome, folder.outcome).sentences() if folder.outcome.is_file() else []
+    saving = None
+    if folder.cache.is_file() and folder.filled.is_file():
+        uncached = read_json(CachePlan, folder.cache).uncached
+        figures = uncached.prediction if uncached is not None else None
+        saving = CacheSaving.of(read_json(CacheFill, folder.filled), metrics, figures)
     bounds = None
     if result is not None:
         bounds = Bounds(**result.bounds.model_dump())
@@ -338,6 +398,7 @@ def report(folder: OutputFolder) -> Report:
         bounds=bounds,
         reasons=result.reasons if result else (),
         notes=(*job.notes, *outcome),
+        saving=saving,
     )
     bars: Sequence[Bar] = ()
     modes = {device.id: device.power_mode() for device in job.pool.devices}

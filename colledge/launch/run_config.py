@@ -71,6 +71,15 @@ class DataConfig(Record):
         return self
 
 
+class ActivationCacheConfig(Record):
+    """Compute what the layers below the first adapter give once, and keep it on the devices' disks.
+
+    `limit` is the most bytes on any device's disk.
+    """
+
+    limit_bytes: Bytes = Field(alias="limit", gt=0)
+
+
 class BatchConfig(Record):
     """Rows in one step, over all devices."""
 
@@ -87,6 +96,7 @@ class RunConfig(Record):
     them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
     saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to`
     writes the figures of metrics.jsonl for a tracker too. `backend` is what trains, `deepspeed` are settings of it.
+    With `activation_cache` what lies below the first adapter is computed once, not in every epoch.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -94,6 +104,7 @@ class RunConfig(Record):
     data: DataConfig
     method: Literal["full", "lora"] = "full"
     lora: LoraSettings | None = None
+    activation_cache: ActivationCacheConfig | None = None
     batch: BatchConfig = BatchConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     steps: int = Field(default=100, ge=1, strict=True)
@@ -137,6 +148,8 @@ class RunConfig(Record):
             )
         if self.lora is not None and self.method != "lora":
             raise ValueError(f"lora has settings and method is {self.method!r}; set method: lora")
+        if self.activation_cache is not None and self.method != "lora":
+            raise ValueError("activation_cache is for method: lora; else every layer trains")
         if self.frozen_precision is not None and self.method != "lora":
             raise ValueError("frozen_precision is for method: lora; else no weight is frozen")
         if self.precision != "float32" and self.mixed_precision is not None:

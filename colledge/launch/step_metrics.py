@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from colledge.launch.job import Job
-from colledge.parallel import StepRecord
+from colledge.parallel import DeviceStep, StepRecord
 from colledge.plan import DeviceFigures, Plan
 from colledge.profiles import PoolProfile, PowerMode
 from colledge.report import StepMetrics
@@ -19,19 +19,7 @@ def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode], learning_ra
         modes: The power mode of every device of the pool; one that took no part in the step idled.
         learning_rate: Of the step.
     """
-    devices = {}
-    for id, mode in modes.items():
-        own = record.devices.get(id)
-        compute_s = min(own.compute_s, record.step_s) if own else 0.0
-        communicate_s = min(own.communicate_s, record.step_s - compute_s) if own else 0.0
-        devices[id] = DeviceFigures(
-            compute_s=compute_s,
-            communicate_s=communicate_s,
-            idle_s=record.step_s - compute_s - communicate_s,
-            energy_joules=mode.joules(record.step_s, compute_s, communicate_s),
-            peak_memory_bytes=own.peak_memory_bytes if own else None,
-            source="modelled",
-        )
+    devices = device_figures(record.step_s, record.devices, modes)
     return StepMetrics(
         step=record.step,
         loss=record.loss,
@@ -42,6 +30,32 @@ def step_metrics(record: StepRecord, modes: Mapping[str, PowerMode], learning_ra
         gradient_norm=record.gradient_norm,
         devices=devices,
     )
+
+
+def device_figures(
+    step_s: float, devices: Mapping[str, DeviceStep], modes: Mapping[str, PowerMode]
+) -> dict[str, DeviceFigures]:
+    """Return what every device of the pool did in some seconds, and its joules, modelled from its watts.
+
+    Args:
+        step_s: The seconds.
+        devices: What those did that took part; the others idled.
+        modes: The power mode of every device of the pool.
+    """
+    figures = {}
+    for id, mode in modes.items():
+        own = devices.get(id)
+        compute_s = min(own.compute_s, step_s) if own else 0.0
+        communicate_s = min(own.communicate_s, step_s - compute_s) if own else 0.0
+        figures[id] = DeviceFigures(
+            compute_s=compute_s,
+            communicate_s=communicate_s,
+            idle_s=step_s - compute_s - communicate_s,
+            energy_joules=mode.joules(step_s, compute_s, communicate_s),
+            peak_memory_bytes=own.peak_memory_bytes if own else None,
+            source="modelled",
+        )
+    return figures
 
 
 def power_modes(job: Job, plan: Plan, pool: PoolProfile | None) -> dict[str, PowerMode]:

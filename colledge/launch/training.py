@@ -12,6 +12,7 @@ import torch
 
 from colledge.data import rows_for_step
 from colledge.errors import ColledgeError, ConfigError
+from colledge.launch.caching import fill_caches, numbered
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
@@ -22,6 +23,7 @@ from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.models.lora import StartingValues
 from colledge.parallel import Emulation, Engine, EngineSettings, RouteEstimate, StepRecord, World
 from colledge.parallel.backends.zero_config import read_config
+from colledge.parallel.caching import ActivationCaches
 from colledge.parallel.checkpoint import (
     checkpoint_path,
     load_checkpoint,
@@ -30,9 +32,11 @@ from colledge.parallel.checkpoint import (
     save_checkpoint,
 )
 from colledge.plan import Plan, read_plan
+from colledge.planner.caching import CachePlan
 from colledge.profiles import PoolProfile
 from colledge.records import read_json, write_atomically
 from colledge.report import StepMetrics, append_metrics, keep_metrics
+from colledge.report.caching import CacheFill
 from colledge.report.trackers import TensorBoard
 from colledge.report.validation import BestSoFar, best_so_far
 from colledge.units import format_joules, format_seconds
@@ -58,15 +62,31 @@ class Training:
         if self._plan.prediction is not None:
             predicted_s = self._plan.prediction.step_s
             world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
-        self._engine = Engine(
-            self._plan, model, weights, engine_settings(job, self._plan, self._pool), ranks, world.wire
-        )
+
+        def engine(plan: Plan) -> Engine:
+            return Engine(plan, model, weights, engine_settings(job, plan, self._pool), ranks, world.wire)
+
+        self._caches: ActivationCaches | None = None
+        if job.run.activation_cache is not None:
+            cache, data = read_json(CachePlan, self._folder.cache), self._data
+            shape = model.boundary_shape((data.train.sequence_length,))
+            modes = power_modes(job, cache.prefix, self._pool)
+            self._caches, fill = fill_caches(job, world, ranks, data, self._plan, cache, shape, modes, engine)
+            self._add_fill(fill)
+        self._engine = engine(self._plan)
         self._rates = learning_rates(job.run.optimizer, job.run.steps)
         self._losses: dict[int, float] = {}  # on the validation data, by step
         self._line: StepMetrics | None = None  # of the step that is done
         self._saved_step: int | None = None
         self._tracker: TensorBoard | None = None
         self._printed_s = 0.0
+
+    def _add_fill(self, fill: CacheFill) -> None:
+        """Write what filling the activation cache took, that of the run that is resumed included."""
+        path = self._folder.filled
+        if self._job.resume is not None and path.is_file():
+            fill = read_json(CacheFill, path) + fill
+        write_atomically(path, fill.to_json())
 
     def run(self, stop: StopRequest) -> None:
         """Train and validate to the end or until asked to stop; save the model or a checkpoint."""
@@ -78,7 +98,8 @@ class Training:
                 self._validate(stop)
             else:
                 self._train_step()
-        if self._validation_due or not self._ended:
+        finished = self._ended and not self._validation_due
+        if not finished:
             saved = (
                 "nothing, for backend deepspeed keeps no checkpoints"
                 if self._job.run.backend == "deepspeed"
@@ -90,6 +111,8 @@ class Training:
         if self._tracker is not None:
             self._tracker.close()
         self._engine.close()
+        if self._caches is not None:
+            self._caches.close(remove=finished)
 
     @property
     def _validation_due(self) -> bool:
@@ -142,7 +165,7 @@ class Training:
         run, engine, rows = self._job.run, self._engine, self._data.train
         rate = self._rates[engine.step]
         indices = rows_for_step(rows.num_rows, run.batch.global_size, run.seed, engine.step)
-        self._write(engine.train_step(rows.batch(indices), rate), rate)
+        self._write(engine.train_step(numbered(rows, indices), rate), rate)
         if run.checkpoint_every and engine.step % run.checkpoint_every == 0 and engine.step < run.steps:
             self._save_checkpoint()
 
@@ -232,7 +255,7 @@ class Training:
             if stop.asked:
                 return
             indices = torch.arange(start, min(start + run.batch.global_size, rows.num_rows))
-            part, targets = self._engine.evaluate(rows.batch(indices))
+            part, targets = self._engine.evaluate(numbered(rows, indices, self._data.train.num_rows))
             total, count = total + part, count + targets
         loss, took_s = total / count, time.perf_counter() - began_s
         self._check_finite("validation loss", loss)

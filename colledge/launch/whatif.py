@@ -53,7 +53,8 @@ def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
     """
     changed = apply_changes(inputs.pool, _changes(options))
     steps = options.steps or inputs.steps
-    limit_s = _step_limit_s(options, inputs, steps)
+    run_s, step_s = _deadlines(options, inputs)
+    limit_s = _step_limit_s(run_s, step_s, steps)
     request = inputs.request
     if limit_s is not None:
         request = request.model_copy(update={"deadline_step_s": limit_s})
@@ -63,6 +64,8 @@ def apply_what_if(inputs: PlanningInputs, options: WhatIf) -> PlanningInputs:
         pool=changed.pool,
         request=request,
         steps=steps,
+        deadline_s=run_s,
+        deadline_step_s=step_s,
         price_per_kwh=_parsed("--electricity", options.electricity, parse_price_per_kwh),
         carbon_grams_per_kwh=_parsed("--carbon", options.carbon, parse_grams_per_kwh),
         notes=(*inputs.notes, *changed.notes),
@@ -124,11 +127,19 @@ def _of_kind(pool: PoolProfile, kind: str) -> DeviceProfile:
     )
 
 
-def _step_limit_s(options: WhatIf, inputs: PlanningInputs, steps: int | None) -> float | None:
+def _deadlines(options: WhatIf, inputs: PlanningInputs) -> tuple[float | None, float | None]:
+    """Return the deadlines of the whole run and of a step, in seconds: the options', else those of the files."""
+    run_s = _parsed("--deadline", options.deadline, parse_seconds)
+    step_s = _parsed("--deadline-step", options.deadline_step, parse_seconds)
+    return (
+        inputs.deadline_s if run_s is None else run_s,
+        inputs.deadline_step_s if step_s is None else step_s,
+    )
+
+
+def _step_limit_s(run_s: float | None, step_s: float | None, steps: int | None) -> float | None:
     """Return the longest step that keeps both deadlines, in seconds."""
     limits = []
-    given = options.deadline is not None
-    run_s = _parsed("--deadline", options.deadline, parse_seconds) if given else inputs.deadline_s
     if run_s is not None:
         if steps is None:
             raise ConfigError(
@@ -136,10 +147,6 @@ def _step_limit_s(options: WhatIf, inputs: PlanningInputs, steps: int | None) ->
                 fix="give --steps N too, or --deadline-step for one step.",
             )
         limits.append(run_s / steps)
-    given = options.deadline_step is not None
-    step_s = (
-        _parsed("--deadline-step", options.deadline_step, parse_seconds) if given else inputs.deadline_step_s
-    )
     if step_s is not None:
         limits.append(step_s)
     if limits and min(limits) <= 0:

@@ -35,32 +35,15 @@ class CachePlan(Record):
     uncached: Plan | None = None
     why_not: str = ""
 
-    def saving(self, plan: Plan, steps: int, num_rows: int) -> tuple[float, float] | None:
-        """Return the predicted seconds and joules that a run saves; None where it could not run without the cache.
+    def fill_figures(self, num_rows: int) -> tuple[float, float]:
+        """Return the predicted seconds and joules of filling the cache with so many rows."""
+        figures, batches = self.prefix.prediction, ceil(num_rows / self.prefix.global_batch_size)
+        assert figures is not None
+        return batches * figures.step_s, batches * figures.energy_joules_per_step
 
-        Args:
-            plan: The plan that trains from the cache.
-            steps: Of the run.
-            num_rows: That are cached.
-        """
-        if self.uncached is None or self.uncached.prediction is None or plan.prediction is None:
-            return None
-        fill, step, without = self.prefix.prediction, plan.prediction, self.uncached.prediction
-        assert fill is not None
-        batches = ceil(num_rows / self.prefix.global_batch_size)
-        return (
-            steps * (without.step_s - step.step_s) - batches * fill.step_s,
-            steps * (without.energy_joules_per_step - step.energy_joules_per_step)
-            - batches * fill.energy_joules_per_step,
-        )
-
-    def sentences(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        """Return in words what is cached, how it is made, and what a step would be without.
-
-        Args:
-            names: Of the model's layers.
-        """
-        last = names[self.prefix.layer_range[1] - 1]
+    def sentences(self, model: ModelProfile) -> tuple[str, ...]:
+        """Return in words what is cached, how it is made, and what a step would be without."""
+        last = model.layers[self.prefix.layer_range[1] - 1].name
         fill = self.prefix.prediction
         assert fill is not None
         rows = self.prefix.global_batch_size

@@ -15,6 +15,7 @@ from colledge.errors import ConfigError
 from colledge.plan import DeviceFigures, Plan, StepFigures
 from colledge.profiles import PowerMode
 from colledge.records import Record
+from colledge.report.caching import CacheSaving
 from colledge.report.metrics import StepMetrics
 from colledge.units import format_joules, format_seconds
 
@@ -94,6 +95,7 @@ class Report(Record):
     families: dict[str, FamilyFigures] = Field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    activation_cache: CacheSaving | None = None
 
     def energy_text(self, joules: float) -> str:
         """Return an energy with its unit, and `at least` where a reading is missing."""
@@ -109,6 +111,7 @@ def build_report(
     bounds: Bounds | None = None,
     reasons: Sequence[str] = (),
     notes: Sequence[str] = (),
+    saving: CacheSaving | None = None,
 ) -> Report:
     """Return the report of a run.
 
@@ -120,6 +123,7 @@ def build_report(
         bounds: The least time and energy of a step.
         reasons: Why this plan, in words.
         notes: What a reader must know beside what is added here: what is modelled, what is left out.
+        saving: What an activation cache took and saved.
 
     Raises:
         ConfigError: There is no step to report.
@@ -154,7 +158,13 @@ def build_report(
         bounds=bounds,
         families=dict(families or {}),
         reasons=tuple(reasons),
-        notes=(*notes, *_notes(measured, warmup, prediction is not None), *_validation_notes(validation)),
+        activation_cache=saving,
+        notes=(
+            *notes,
+            *(saving.sentences() if saving else ()),
+            *_notes(measured, warmup, prediction is not None),
+            *_validation_notes(validation),
+        ),
     )
 
 
