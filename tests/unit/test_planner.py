@@ -93,6 +93,16 @@ def make_model(
     )
 
 
+def frozen_below(model: ModelProfile, first_trained: int) -> ModelProfile:
+    """Return a model of which layers [0, first_trained) do not train."""
+    frozen = {"trainable_parameter_bytes": 0, "largest_gradient_bytes": 0}
+    layers = [
+        layer.model_copy(update=frozen if index < first_trained else {})
+        for index, layer in enumerate(model.layers)
+    ]
+    return model.model_copy(update={"layers": tuple(layers)})
+
+
 def make_pool(
     kinds: Sequence[str],
     *,
@@ -261,6 +271,28 @@ def test_memory_parts_by_hand() -> None:
     assert whole.parameters_bytes == 30 * MB  # embed and head share their weight
 
 
+def test_below_the_first_layer_that_trains_nothing_is_kept_and_no_gradient_is_awaited() -> None:
+    model = make_model({"k": 1.0}, num_blocks=4, workspace_bytes_per_sample=3 * MB)
+    model, pool = frozen_below(model, 3), make_pool(["k", "k", "k"])
+    spans = zip("abc", ((0, 2), (2, 4), (4, 6)), strict=True)
+    stages = [(layers, [(4, [(device, 1.0)])]) for device, layers in spans]
+    for again in (False, True):
+        plan = make_plan(model, stages, 4, 3, recompute=[again] * 3)
+        a, b, c = plan_memory(plan, pool, model, 2.0).values()
+        assert a.parameters_bytes == 20 * MB
+        assert a.gradients_bytes == a.optimizer_state_bytes == a.activations_bytes == 0
+        assert a.workspace_bytes == 4 * 8 * MB  # a layer's own, and what its kind keeps where it trains
+        assert a.wire_buffers_bytes == 4 * 2 * MB  # sends; their number does not depend on the depth
+        assert b.activations_bytes == 4 * (
+            2 * MB + 5 * MB if again else 2 * 5 * MB
+        )  # only its second layer keeps
+        assert (
+            b.wire_buffers_bytes == 4 * (2 + 2 + 2) * MB
+        )  # receives; gradients received; sends, two in flight
+        assert c.wire_buffers_bytes == 4 * (2 + 2) * MB
+        assert c.activations_bytes == 4 * (10 + again) * MB
+
+
 def test_recompute_keeps_only_the_boundary_and_one_micro_batch() -> None:
     model = make_model({"k": 1.0})
     stages = [((0, 2), [(1, [("a", 1.0)])]), ((2, 4), [(1, [("b", 1.0)])])]
@@ -281,10 +313,10 @@ def uneven_model(numbers: random.Random) -> ModelProfile:
         )
         for layer in model.layers
     ]
-    return model.model_copy(update={"layers": tuple(layers)})
+    return frozen_below(model.model_copy(update={"layers": tuple(layers)}), numbers.choice((0, 0, 1, 3, 5)))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_memory_of_all_spans_is_that_of_each(seed: int) -> None:
     model = uneven_model(random.Random(seed))
     one, all_spans = MemoryModel(model, 2.0), SpanMemory(model, 2.0)
@@ -296,7 +328,7 @@ def test_memory_of_all_spans_is_that_of_each(seed: int) -> None:
             assert found == pytest.approx(one.parts(load, device).total_bytes, abs=1), load
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 def test_the_most_samples_fit_and_one_more_does_not(seed: int) -> None:
     numbers = random.Random(seed)
     model = uneven_model(numbers)
@@ -422,6 +454,36 @@ def test_two_equal_devices_with_free_links_share_evenly() -> None:
     assert figures(result.best).step_s >= result.bounds.step_s
 
 
+def test_a_model_of_which_nothing_trains_gets_a_plan_of_forwards_only() -> None:
+    model, pool = frozen_below(make_model({"k": 0.1}), 4), make_pool(["k", "k"], memory_bytes=60 * MB)
+    assert model.first_trained == 4
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=8, objective="time"))
+    costs, alone = PoolCosts(pool, model), figures(result.families["single"])
+    assert alone.step_s == pytest.approx(8 * 0.1 * (0.125 + 2 + 0.5))  # no backward, no update
+    assert figures(result.families["data"]).step_s == pytest.approx(alone.step_s / 2)  # nothing to sum
+    for plan in (result.best, *result.families.values(), *result.frontier):
+        timeline = simulate(plan, costs, record=True)
+        kinds = {span.action.kind for span in timeline.spans if span.end_s > span.start_s}
+        assert kinds <= {ActionKind.FORWARD, ActionKind.RECEIVE_FORWARD}
+        for parts in check_memory(plan, pool, model, 2.0).values():
+            assert parts.gradients_bytes == parts.optimizer_state_bytes == parts.activations_bytes == 0
+        assert plan.recompute is None
+
+
+def test_a_frozen_prefix_makes_a_pipeline_quicker_by_its_backwards() -> None:
+    model, pool = make_model({"k": 0.1}, num_blocks=6), make_pool(["k", "k"])
+    plan = make_plan(model, [((0, 4), [(1, [("a", 1.0)])]), ((4, 8), [(1, [("b", 1.0)])])], 1, 8)
+    whole, half = (predict(plan, pool, frozen_below(model, k)) for k in (0, 4))
+    assert half.step_s < 0.95 * whole.step_s
+    assert half.devices["a"].compute_s == pytest.approx(8 * 0.1 * (0.125 + 3))  # forwards alone, no update
+    assert half.devices["b"].compute_s == whole.devices["b"].compute_s
+    assert half.devices["a"].energy_joules < 0.6 * whole.devices["a"].energy_joules
+    request = PlanningRequest(global_batch_size=8, objective="time")
+    cut_for_it = plan_training(pool, frozen_below(model, 4), request).families["pipeline"]
+    assert cut_for_it.stages[0].layers == (0, 5)  # more layers where there is no backward
+    assert figures(cut_for_it).step_s < 0.8 * half.step_s
+
+
 def test_unequal_devices_share_unequally() -> None:
     model = make_model({"one": 1.0, "three": 3.0}, units=1)
     pool = make_pool(["one", "three"], bandwidth=1e15, latency_s=0)
@@ -446,7 +508,7 @@ def exact_search(pool: PoolProfile, model: ModelProfile, request: PlanningReques
     return Exact(Tables(costs, request), judge, device_classes(costs, devices), sizes), judge
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seconds=st.lists(st.floats(0.001, 0.1), min_size=3, max_size=3),
     watts=st.lists(st.tuples(st.floats(0, 9), st.floats(0, 40), st.floats(0, 12)), min_size=3, max_size=3),
@@ -454,6 +516,7 @@ def exact_search(pool: PoolProfile, model: ModelProfile, request: PlanningReques
     segment=st.booleans(),
     tied=st.booleans(),
     modes=st.booleans(),
+    first_trained=st.sampled_from([0, 0, 1, 2, 3, 4]),
     accounting=st.sampled_from(["whole-pool", "marginal"]),
     pick=st.randoms(use_true_random=False),
 )
@@ -464,11 +527,12 @@ def test_every_bound_is_below_every_simulated_plan(
     segment: bool,
     tied: bool,
     modes: bool,
+    first_trained: int,
     accounting: str,
     pick: random.Random,
 ) -> None:
     kinds = ["p", "q", "r"]
-    model = make_model(dict(zip(kinds, seconds, strict=True)), tied=tied)
+    model = frozen_below(make_model(dict(zip(kinds, seconds, strict=True)), tied=tied), first_trained)
     pool = make_pool(kinds, watts=watts, bandwidth=bandwidth, segment=segment)
     if modes:
         pool, model = two_modes(pool, model)

@@ -20,9 +20,9 @@ from colledge.planner import PlanningRequest, PoolCosts, plan_memory, plan_train
 from colledge.planner.energy import plan_joules
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
-from tests.unit.test_planner import MB, make_model, make_pool
+from tests.unit.test_planner import MB, frozen_below, make_model, make_pool
 
-POOLS = 60
+POOLS, FROZEN = 60, 4  # every fourth model has a frozen prefix
 MOST_PLANS = 2000
 OBJECTIVES = ("energy", "time", "energy-delay")
 ACCOUNTINGS = ("whole-pool", "marginal")
@@ -173,14 +173,19 @@ def with_modes(
 
 
 def random_cases(seed: int, number: int, most_plans: int) -> Iterator[Case]:
-    """Yield cases whose plans are few enough to enumerate; every fifteenth has four devices, and more plans."""
+    """Yield cases whose plans are few enough to enumerate.
+
+    Every fifteenth has four devices, and more plans; every fourth a model with a frozen prefix, or all frozen.
+    """
     numbers, four = random.Random(seed), 4 * most_plans
     while number:
         most = four if number % 15 == 0 else most_plans
         case = random_case(numbers, 4 if most == four else numbers.choice((1, 2, 2, 3, 3, 3)))
         if sum(1 for _ in islice(every_plan(*case), most + 1)) <= most:
             number -= 1
-            yield case
+            pool, model, batch = case
+            prefix = number // FROZEN % len(model.layers) + 1 if number % FROZEN == 0 else 0
+            yield pool, frozen_below(model, prefix), batch
 
 
 def enumerate_best(pool: PoolProfile, model: ModelProfile, batch: int) -> dict[tuple[str, str], float]:
@@ -248,3 +253,5 @@ def test_the_cases_cover_what_they_should() -> None:
     assert any(not enumerate_best(*case) for case in pools if len(case[0].devices) < 3)
     assert any(len(device.modes) > 1 for pool, _, _ in pools for device in pool.devices)
     assert any(pool.segments for pool, _, _ in pools)
+    assert {model.first_trained for _, model, _ in pools} >= {0, 1, 2, 3, 4}
+    assert any(model.first_trained == len(model.layers) for _, model, _ in pools)

@@ -14,12 +14,21 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "schedules"
 
 
 @pytest.mark.parametrize(
-    ("name", "warmup", "num_microbatches"),
-    [("gpipe", (3, 3, 3), 3), ("1f1b", (3, 2, 1), 4), ("1f1b-odd-warmup", (5, 3, 1), 6)],
+    ("name", "warmup", "num_microbatches", "first_backward"),
+    [
+        ("gpipe", (3, 3, 3), 3, 0),
+        ("1f1b", (3, 2, 1), 4, 0),
+        ("1f1b-odd-warmup", (5, 3, 1), 6, 0),
+        ("1f1b-frozen-prefix", (3, 2, 1), 4, 1),
+        ("1f1b-last-stage-trains", (3, 2, 1), 2, 2),
+        ("nothing-trains", (3, 2, 1), 2, 3),
+    ],
 )
-def test_golden_schedules(name: str, warmup: tuple[int, ...], num_microbatches: int) -> None:
+def test_golden_schedules(
+    name: str, warmup: tuple[int, ...], num_microbatches: int, first_backward: int
+) -> None:
     text = (GOLDEN / f"{name}.txt").read_text()
-    schedule = lower(compute_order(warmup, num_microbatches), num_microbatches)
+    schedule = lower(compute_order(warmup, num_microbatches, first_backward), num_microbatches)
     assert str(schedule).splitlines() == text.splitlines()[1:]
     assert Schedule.parse(text) == schedule
 
@@ -27,13 +36,21 @@ def test_golden_schedules(name: str, warmup: tuple[int, ...], num_microbatches: 
 @given(
     depths=st.lists(st.integers(1, 6), min_size=1, max_size=4).map(lambda d: tuple(sorted(d, reverse=True))),
     num_microbatches=st.integers(1, 6),
+    first_backward=st.integers(0, 4),
 )
-def test_falling_warmups_run_and_round_trip(depths: tuple[int, ...], num_microbatches: int) -> None:
-    schedule = lower(compute_order(depths, num_microbatches), num_microbatches)
+def test_falling_warmups_run_and_round_trip(
+    depths: tuple[int, ...], num_microbatches: int, first_backward: int
+) -> None:
+    schedule = lower(compute_order(depths, num_microbatches, first_backward), num_microbatches)
     validate(schedule)
     assert Schedule.parse(str(schedule)) == schedule
     for stage, depth in enumerate(depths):
-        assert schedule.in_flight(stage) == min(depth, num_microbatches)
+        kinds = {action.kind for action in schedule.stages[stage]}
+        backward = stage >= first_backward
+        assert schedule.in_flight(stage) == (min(depth, num_microbatches) if backward else 0)
+        assert (ActionKind.BACKWARD in kinds) == backward
+        assert (ActionKind.SEND_BACKWARD in kinds) == (stage > first_backward)
+        assert (ActionKind.RECEIVE_BACKWARD in kinds) == (backward and stage < len(depths) - 1)
 
 
 @pytest.mark.parametrize("text", ["F3@1", "SEND_F0@2", "RECV_B11@0", "SYNC@1", "STEP@0"])
@@ -59,6 +76,23 @@ def test_plans_get_the_schedule_they_name() -> None:
         lowered = plan_schedule(plan)
         in_flight[str(schedule)] = [lowered.in_flight(s) for s in range(2)]
     assert list(in_flight.values()) == [[4, 4], [2, 1], [3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("first_trained", "first_backward"), [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+)
+def test_stages_below_the_first_layer_that_trains_run_forwards_only(
+    first_trained: int, first_backward: int
+) -> None:
+    stages = [
+        {"layers": layers, "replicas": [{"samples": 1, "shards": [{"device": f"d{layers[0]}"}]}]}
+        for layers in ([0, 2], [2, 4])
+    ]
+    base = {"schema": "colledge/plan/1", "num_layers": 4, "global_batch_size": 2, "microbatch_size": 1}
+    plan = Plan.model_validate({**base, "stages": stages, "recompute": [True, True]})
+    assert plan.first_backward(first_trained) == first_backward
+    assert plan_schedule(plan, first_trained) == lower(compute_order((2, 1), 2, first_backward), 2)
+    assert [plan.recomputes(s, first_trained) for s in range(2)] == [s >= first_backward for s in range(2)]
 
 
 GOOD = """

@@ -33,8 +33,12 @@ class TableCosts:
     asked: list[tuple[str, ...]] = field(default_factory=list)
 
     def compute_s(self, layers: tuple[int, int], shard: Shard, samples: int) -> tuple[float, float]:
-        work = (layers[1] - layers[0]) * samples * shard.fraction
-        return work * self.forward_s[shard.device], work * self.backward_s[shard.device]
+        work = samples * shard.fraction
+        forward_s, backward_s = self.forward_s[shard.device], self.backward_s[shard.device]
+        return work * (layers[1] - layers[0]) * forward_s, work * self.trained(layers) * backward_s
+
+    def trained(self, layers: tuple[int, int]) -> int:
+        return max(0, layers[1] - max(layers[0], self.first_trained))
 
     def update_s(self, layers: tuple[int, int], shard: Shard) -> float:
         return self.update * (layers[1] - layers[0])
@@ -43,7 +47,7 @@ class TableCosts:
         self, layers: tuple[int, int], devices: tuple[str, ...], samples: int
     ) -> tuple[float, float]:
         once = self.reduce * samples * (layers[1] - layers[0]) if len(devices) > 1 else 0.0
-        return once, once
+        return once, once if self.trained(layers) else 0.0
 
     def sync_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
         self.asked.append(devices)
@@ -112,6 +116,27 @@ def test_two_stage_pipeline_with_free_links() -> None:
     assert timeline.devices["a"].compute_s == 6
     assert timeline.devices["a"].idle_s == 3
     check_sums(timeline)
+
+
+def test_no_gradient_travels_below_the_first_layer_that_trains() -> None:
+    # a F0[0,1] F1[1,2]                        each message holds its link for 3 s; a hears nothing any more
+    # b             F0[4,5] F1[7,8] . . . . . . . . . . . . . . B0[14,16] B1[17,19]
+    # c                             F0[8,9] B0[9,11] F1[11,12] B1[12,14]
+    plan = make_plan([[(1, [(device, 1.0)])] for device in "abc"], 1, 2, recompute=[True, False, False])
+    seconds = {"a": 1.0, "b": 1.0, "c": 1.0}
+    costs = TableCosts(seconds, dict.fromkeys("abc", 2.0), bandwidth=10, bytes_a_sample=30, first_trained=1)
+    for record in (False, True):
+        timeline = simulate(plan, costs, record=record)
+        assert timeline.step_s == 19
+        assert [timeline.devices[device].compute_s for device in "abc"] == [2, 6, 6]
+        assert timeline.devices["a"].communicate_s == 5
+        check_sums(timeline)
+    assert [(t.source, t.target) for t in timeline.transfers if "a" in (t.source, t.target)] == [
+        ("a", "b")
+    ] * 2
+    assert starts(timeline, ActionKind.BACKWARD, 0) == starts(timeline, ActionKind.RECEIVE_BACKWARD, 0) == []
+    assert starts(timeline, ActionKind.BACKWARD, 1) == [14, 17]
+    assert starts(timeline, ActionKind.SEND_BACKWARD, 1) == []
 
 
 def test_transfers_take_bandwidth_then_latency_and_queue_on_their_link() -> None:
@@ -268,6 +293,7 @@ def costs(draw: st.DrawFn) -> TableCosts:
         reduce=draw(seconds),
         tied=draw(seconds),
         ties=((0, 1),) if draw(st.booleans()) else (),
+        first_trained=draw(st.sampled_from([0, 0, 1, 2, 3])),
     )
 
 
@@ -305,6 +331,7 @@ def test_scaling_all_times_scales_the_step(plan: Plan, table: TableCosts) -> Non
         reduce=c * table.reduce,
         tied=c * table.tied,
         ties=table.ties,
+        first_trained=table.first_trained,
     )
     one, eight = simulate(plan, table), simulate(plan, scaled)
     assert eight.step_s == pytest.approx(c * one.step_s)
