@@ -22,7 +22,7 @@ from pydantic import Field, model_validator
 from colledge.errors import PlanError
 from colledge.profiles import PoolProfile
 from colledge.records import Record, read_json
-from colledge.settings import WirePrecision
+from colledge.settings import LibraryName, WirePrecision, ZeroStage
 
 _FRACTION_TOLERANCE = 1e-6
 
@@ -33,13 +33,15 @@ class Shard(Record):
     """A device that holds `fraction` of every sharded layer of its replica, running in power mode `mode`.
 
     `paced` names another mode for single computations, such as {"F1": "15W"} for the forward of micro-batch 1: a
-    device that can switch fast enough computes slower where nobody waits for it.
+    device that can switch fast enough computes slower where nobody waits for it. `state_share` is the part of the
+    shard's optimizer state that this replica holds under `zero: 1`; without it replicas hold equal parts.
     """
 
     device: str = Field(min_length=1)
     fraction: float = Field(default=1.0, gt=0, le=1)
     mode: str | None = None
     paced: dict[Annotated[str, Field(pattern=r"^[FB][0-9]{1,7}$")], str] = Field(default={})
+    state_share: float | None = Field(default=None, ge=0, le=1)
 
 
 class Replica(Record):
@@ -97,6 +99,13 @@ class Stage(Record):
             raise ValueError(
                 f"replicas of one stage must shard alike: saw fractions {[list(s) for s in sorted(shapes)]}"
             )
+        for k in range(self.num_shards):
+            shares = [replica.shards[k].state_share for replica in self.replicas]
+            total = sum(share or 0.0 for share in shares)
+            if shares != [None] * len(shares) and (None in shares or abs(total - 1) > _FRACTION_TOLERANCE):
+                raise ValueError(
+                    f"state_share of the replicas of a stage is {shares}, wanted parts that sum to 1, or none"
+                )
         return self
 
     @property
@@ -111,6 +120,12 @@ class Stage(Record):
             PlanError: A fraction does not fall on a unit.
         """
         return self.replicas[0].unit_ranges(num_units)[shard_index] if self.num_shards > 1 else None
+
+    def state_shares(self, shard_index: int) -> tuple[float, ...]:
+        """Return the part of a shard's optimizer state that each replica holds where ZeRO divides it."""
+        equal = 1 / len(self.replicas)
+        shares = (replica.shards[shard_index].state_share for replica in self.replicas)
+        return tuple(equal if share is None else share for share in shares)
 
     @property
     def row_ranges(self) -> tuple[tuple[int, int], ...]:
@@ -159,6 +174,9 @@ class Plan(Record):
 
     `wire_precision` is that of activations and their gradients between stages; None is as they are computed. `layers`
     is the half-open range of layers that run, None for all: the input of a later first layer is cached activations.
+    `zero` is the stage of ZeRO (Rajbhandari et al., arXiv 1910.02054): the replicas of a stage divide optimizer state
+    (1), gradients too (2), parameters too (3); None is nothing. `backend` is the library that does, None the native
+    engine.
     """
 
     schema_tag: Literal["colledge/plan/1"] = Field(alias="schema")
@@ -170,6 +188,8 @@ class Plan(Record):
     stages: tuple[Stage, ...] = Field(min_length=1)
     recompute: tuple[bool, ...] | None = None
     wire_precision: WirePrecision | None = None
+    zero: ZeroStage | None = None
+    backend: LibraryName | None = None
     prediction: StepFigures | None = None
 
     @model_validator(mode="after")
@@ -249,6 +269,20 @@ class Plan(Record):
             raise ValueError(
                 f"schedule.warmup is {list(warmup)}, wanted depths that fall toward the last stage"
             )
+
+    def beyond_data_parallelism(self) -> str | None:
+        """Return what the plan asks beside replicas of the whole model that take turns of one micro-batch, or None."""
+        stage = self.stages[0]
+        idle = [replica.shards[0].device for replica in stage.replicas if replica.samples == 0]
+        if self.num_stages > 1:
+            return f"the plan has {self.num_stages} stages"
+        if stage.num_shards > 1:
+            return f"the plan cuts layers into {stage.num_shards} shards"
+        if idle:
+            return f"device {idle[0]!r} computes no rows, and every replica must take part in each backward"
+        if self.warmup_depths()[0] > 1:
+            return "the plan runs several forwards before the first backward"
+        return None
 
     @property
     def layer_range(self) -> tuple[int, int]:

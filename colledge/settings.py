@@ -18,7 +18,10 @@ Schedule = Literal["constant", "linear", "cosine"]  # of the learning rate; the 
 
 NarrowPrecision = Literal["bfloat16"]  # of products alone, or of frozen weights in memory
 
-BackendName = Literal["native", "deepspeed", "fairscale"]  # what trains: colledge's engine, or a library
+LibraryName = Literal["deepspeed", "fairscale"]
+BackendName = Literal["native", LibraryName]  # what trains: colledge's engine, or a library
+
+ZeroStage = Literal[1, 2, 3]  # of ZeRO: replicas divide optimizer state, gradients too, parameters too
 
 LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 
@@ -76,7 +79,7 @@ class LoraSettings(Record):
 class DeepSpeedSettings(Record):
     """How DeepSpeed shards: a stage of ZeRO (Rajbhandari et al., arXiv 1910.02054), or a configuration file."""
 
-    zero_stage: Literal[1, 2, 3] | None = None
+    zero_stage: ZeroStage | None = None
     config: Path | None = None
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ unequal.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -42,6 +43,11 @@ class Slice:
 
     dim: int
     ranges: tuple[tuple[int, int], ...]
+
+    def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of the part of a tensor of that shape."""
+        size = sum(b - a for a, b in self.ranges)
+        return (*whole[: self.dim], size, *whole[self.dim + 1 :])
 
     def take(self, whole: Tensor) -> Tensor:
         """Return the part, a new contiguous tensor."""

@@ -34,6 +34,7 @@ from colledge.parallel.stage import MicrobatchRows, StageRunner
 from colledge.parallel.tensor import ShardGroupOps
 from colledge.parallel.wire import COORDINATOR_RANK, Message, Pace, Wire
 from colledge.parallel.world import World
+from colledge.parallel.zero import StatePartition
 from colledge.plan import Place, Plan
 from colledge.schedule import plan_schedule
 from colledge.settings import Emulation
@@ -232,9 +233,14 @@ class _Part:
                     self._clock,
                     overlap=not setup.emulations,
                 )
+                partition = None
+                if setup.plan.zero is not None and replicas is not None:
+                    shares = self._stage.state_shares(self._place.shard_index)
+                    partition = StatePartition(gradients, shares, self._place.replica_index)
+                    decay_groups = partition.own(decay_groups)
                 optimizer = make_optimizer(settings, decay_groups)
                 return NativeBackend(
-                    module, gradients, optimizer, settings.gradient_clipping, self._plan_group
+                    module, gradients, optimizer, settings.gradient_clipping, self._plan_group, partition
                 )
             case "deepspeed":  # libraries are loaded where they are asked for
                 from colledge.parallel.backends.deepspeed import DeepSpeedBackend
@@ -311,9 +317,13 @@ class _Part:
         return Message({})
 
     def read_layer(self, message: Message) -> Message:
-        """Give a layer's values and optimizer state (`name@key`): only what is asked of this rank."""
+        """Give a layer's values and optimizer state (`name@key`): only what is asked of this rank.
+
+        `begins` says from which entry of the flattened parameter on the state is.
+        """
         fields = message.fields
         tensors: dict[str, Tensor] = {}
+        begins: dict[str, int] = {}
         layer = {
             name: parameter
             for name, parameter in self._layer(fields["layer"]).items()
@@ -325,10 +335,12 @@ class _Part:
                 if fields["values"]:
                     tensors[name] = parameter.detach().clone()
                 if fields["optimizer"]:
-                    for key, value in self._backend.read_state(parameter).items():
+                    part = self._backend.read_state(parameter)
+                    for key, value in part.tensors.items():
                         if isinstance(value, Tensor) and key != "step":
                             tensors[f"{name}@{key}"] = value
-        return Message({}, tensors)
+                            begins[f"{name}@{key}"] = part.begin
+        return Message({"begins": begins}, tensors)
 
     def train_step(self, message: Message) -> Message:
         """Run one step and its update; answer with the loss's share and this device's seconds."""
@@ -340,7 +352,7 @@ class _Part:
         step = fields["step"]
         self._executor.train(step, x, context, targets, tuple(fields["boundary"]))
         self._clock.begin_compute()
-        norm = self._backend.update(fields["learning_rate"], f"clipping of step {step}")
+        norm = self._backend.update(fields["learning_rate"], f"the update of step {step}")
         self._clock.end_compute()
         return Message(
             {

@@ -360,10 +360,10 @@ class Engine:
     def _read_layer(self, name: str, optimizer: bool, trained_only: bool) -> dict[str, Tensor]:
         """Gather a layer from the first replica of its stage; slices are put together to whole tensors.
 
-        The replicas of a library's backend each hold a part of the state, so all of them take part.
+        Under ZeRO the replicas each hold a part of the state, so all of them take part.
         """
-        native = self._settings.backend == "native"
-        holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0 or not native]
+        divided = self._settings.backend != "native" or self.plan.zero is not None
+        holders = [(d, p) for d, p in self._holders(name) if p.replica_index == 0 or divided]
         messages = {
             device: Message(
                 {
@@ -379,17 +379,26 @@ class Engine:
         }
         answers = self._command(messages, f"reading layer {name}")
         shapes = self.model.layer_parameters(self.model.layer_names.index(name))
-        whole: dict[str, Tensor] = {}
+        held: dict[tuple[str, Slice | None], Tensor] = {}
         for device, place in holders:
             for key, tensor in answers[device].tensors.items():
                 parameter = key.partition("@")[0]
                 if parameter in self.model.tied:
                     continue
                 part = self._slice(parameter, place)
-                if part is None:
-                    whole[key] = tensor
-                else:
-                    part.put(whole.setdefault(key, tensor.new_empty(shapes[parameter])), tensor)
+                shape = shapes[parameter] if part is None else part.shape(shapes[parameter])
+                if tuple(tensor.shape) != shape:  # some entries, flat; the other replicas have the rest
+                    begin = answers[device].fields["begins"][key]
+                    all_entries = held.get((key, part), tensor.new_empty(shape))
+                    all_entries.view(-1)[begin : begin + len(tensor)] = tensor
+                    tensor = all_entries
+                held[key, part] = tensor
+        whole: dict[str, Tensor] = {}
+        for (key, part), tensor in held.items():
+            if part is None:
+                whole[key] = tensor
+            else:
+                part.put(whole.setdefault(key, tensor.new_empty(shapes[key.partition("@")[0]])), tensor)
         return whole
 
     # -- commands ----------------------------------------------------------------------------------------------

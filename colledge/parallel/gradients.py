@@ -7,7 +7,7 @@ while the last micro-batch's backward still runs, the buckets of finished layers
     buffer        [ block.3 | block.2 | block.1 | embedding ]
     buckets       [ bucket 0          | bucket 1            ]
 
-A weight tied across two stages is kept out of the buckets: its copies' gradients are summed by one all-reduce
+A weight tied across two stages stands last, in no bucket: its copies' gradients are summed by one all-reduce
 over all ranks that hold it. So are the gradients of weights that every shard of a replica holds whole and uses
 for its own heads or columns only: each shard computes a part of them.
 """
@@ -72,6 +72,10 @@ class PartialSums:
 class Gradients:
     """The gradients of a stage's parameters on this rank.
 
+    Attributes:
+        flat: All of them, one after another.
+        offsets: Where each parameter's begins in it.
+
     Args:
         parameters: By name, in model order.
         replicas: The group of this shard in the stage's other replicas, or None.
@@ -98,10 +102,8 @@ class Gradients:
         self._clock = clock
         self._overlap = overlap and replicas is not None
         plain = [p for name, p in reversed(list(parameters.items())) if name not in tied]
-        self._flat = _flatten(plain)
-        self._buckets, self._bucket_of = _buckets(plain, self._flat)
-        for weight in tied.values():
-            weight.parameter.grad = torch.zeros_like(weight.parameter)
+        self.flat, self.offsets = _flatten([*plain, *(weight.parameter for weight in tied.values())])
+        self._buckets, self._bucket_of = _buckets(plain, self.flat)
         if self._overlap:
             for index, parameter in enumerate(plain):
                 parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
@@ -113,11 +115,7 @@ class Gradients:
 
     def zero(self) -> None:
         """Forget the gradients of this step."""
-        if self._flat is not None:
-            self._flat.zero_()
-        for weight in self._tied.values():
-            assert weight.parameter.grad is not None
-            weight.parameter.grad.zero_()
+        self.flat.zero_()
         self._pending = []
         self._armed = False
 
@@ -142,7 +140,7 @@ class Gradients:
 
     def sync(self, action: object) -> None:
         """Sum the gradients: over the stage's replicas, over copies of tied weights, partial ones over shards."""
-        if self._replicas is not None and self._flat is not None:
+        if self._replicas is not None and self._buckets:
             blocked_s = 0.0
             if self._overlap:
                 while len(self._pending) < len(self._buckets):
@@ -150,7 +148,8 @@ class Gradients:
                 blocked_s += sum(pending.wait(action) for pending in self._pending)
             else:
                 blocked_s += sum(self._replicas.all_reduce(b.tensor, action) for b in self._buckets)
-            self._clock.waited(blocked_s, self._replicas.expected_s(self._flat.nbytes))
+            num_bytes = sum(bucket.tensor.nbytes for bucket in self._buckets)
+            self._clock.waited(blocked_s, self._replicas.expected_s(num_bytes))
         for weight in self._tied.values():
             gradient = weight.parameter.grad
             assert gradient is not None
@@ -160,6 +159,16 @@ class Gradients:
             self._clock.waited(blocked_s, weight.group.expected_s(gradient.nbytes))
         if self._partial is not None:
             self._partial.sum(action, self._clock)
+
+    def all_reduce(self, action: object) -> None:
+        """Sum the whole buffer over the replicas, whatever it holds; called while the clock counts computing."""
+        assert self._replicas is not None
+        self._clock.end_compute()
+        parts = torch.split(self.flat, _BUCKET_BYTES // self.flat.element_size())
+        pending = [self._replicas.begin_all_reduce(part) for part in parts if len(part)]
+        blocked_s = sum(part.wait(action) for part in pending)
+        self._clock.waited(blocked_s, self._replicas.expected_s(self.flat.nbytes))
+        self._clock.begin_compute()
 
     def clip(self, max_norm: float, plan_group: Group | None, action: object) -> float:
         """Scale all gradients so that the 2-norm of the whole model's gradient is at most `max_norm`.
@@ -178,11 +187,7 @@ class Gradients:
         norm = float(square.sqrt())
         scale = min(1.0, max_norm / (norm + 1e-6))
         if scale < 1:
-            if self._flat is not None:
-                self._flat.mul_(scale)
-            for weight in self._tied.values():
-                assert weight.parameter.grad is not None
-                weight.parameter.grad.mul_(scale)
+            self.flat.mul_(scale)
         return norm
 
 
@@ -202,20 +207,19 @@ class _Bucket:
     num_parameters: int
 
 
-def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Give every parameter a gradient that is a view into one new flat buffer."""
-    if not parameters:
-        return None
-    first = parameters[0]
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
-    offset = 0
+def _flatten(parameters: Sequence[nn.Parameter]) -> tuple[Tensor, dict[nn.Parameter, int]]:
+    """Give every parameter a gradient that is a view into one new flat buffer; also where each begins in it."""
+    like = parameters[0] if parameters else torch.empty(0)
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=like.dtype, device=like.device)
+    offsets, offset = {}, 0
     for parameter in parameters:
         parameter.grad = flat[offset : offset + parameter.numel()].view_as(parameter)
+        offsets[parameter] = offset
         offset += parameter.numel()
-    return flat
+    return flat, offsets
 
 
-def _buckets(parameters: Sequence[nn.Parameter], flat: Tensor | None) -> tuple[list[_Bucket], list[int]]:
+def _buckets(parameters: Sequence[nn.Parameter], flat: Tensor) -> tuple[list[_Bucket], list[int]]:
     """Cut the buffer at parameter borders into buckets of about `_BUCKET_BYTES`; also each parameter's bucket."""
     buckets: list[_Bucket] = []
     bucket_of: list[int] = []
@@ -225,10 +229,8 @@ def _buckets(parameters: Sequence[nn.Parameter], flat: Tensor | None) -> tuple[l
         end += parameter.numel()
         count += 1
         if (end - begin) * parameter.element_size() >= _BUCKET_BYTES:
-            assert flat is not None
             buckets.append(_Bucket(flat[begin:end], count))
             begin, count = end, 0
     if count:
-        assert flat is not None
         buckets.append(_Bucket(flat[begin:end], count))
     return buckets, bucket_of

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -21,6 +21,13 @@ from colledge.parallel.gradients import Synchronized
 from colledge.parallel.stage import Passes
 from colledge.plan import Plan
 from colledge.settings import BackendName
+
+
+class StatePart(NamedTuple):
+    """Optimizer state of the entries from `begin` on of a flattened parameter, by name."""
+
+    begin: int
+    tensors: Mapping[str, Tensor]
 
 
 class Backend(Passes, Synchronized, Protocol):
@@ -35,7 +42,7 @@ class Backend(Passes, Synchronized, Protocol):
     def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[object]:
         """Return a context in which these parameters are whole; all replicas enter it."""
 
-    def read_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def read_state(self, parameter: nn.Parameter) -> StatePart:
         """Return what this rank holds of a parameter's optimizer state; the replicas together hold all of it."""
 
     def write_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
@@ -64,21 +71,21 @@ def check_backend_plan(name: BackendName, plan: Plan) -> None:
     Raises:
         PlanError: It cannot; the message says why.
     """
+    if plan.zero is not None and (plan.backend or "native") != name:
+        raise PlanError(
+            f"the plan divides optimizer state for backend {plan.backend or 'native'}, the run has backend {name}.",
+            fix="plan again, or take zero and backend out of the plan.",
+        )
     if name == "native":
+        if plan.zero not in (None, 1):
+            raise PlanError(
+                f"the plan has zero: {plan.zero}; backend native divides optimizer state alone (zero: 1).",
+                fix="set zero: 1 in the plan, or backend: deepspeed in the run.",
+            )
         return
-    stage = plan.stages[0]
-    idle = [replica.shards[0].device for replica in stage.replicas if replica.samples == 0]
-    if plan.num_stages > 1:
-        why = f"the plan has {plan.num_stages} stages"
-    elif stage.num_shards > 1:
-        why = f"the plan cuts layers into {stage.num_shards} shards"
-    elif idle:
-        why = f"device {idle[0]!r} computes no rows, and every replica must take part in each backward"
-    elif plan.warmup_depths()[0] > 1:
-        why = "the plan runs several forwards before the first backward"
-    else:
-        return
-    raise PlanError(
-        f"backend {name} is data parallelism of the whole model, one micro-batch after another; {why}.",
-        fix="give a plan of one stage without shards by --plan, or set backend: native.",
-    )
+    why = plan.beyond_data_parallelism()
+    if why is not None:
+        raise PlanError(
+            f"backend {name} is data parallelism of the whole model, one micro-batch after another; {why}.",
+            fix="give a plan of one stage without shards by --plan, or set backend: native.",
+        )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from colledge.errors import ConfigError
+from colledge.parallel.backends import StatePart
 from colledge.parallel.setup import ParameterGroups, make_optimizer
 from colledge.settings import OptimizerSettings
 
@@ -97,7 +98,7 @@ class DeepSpeedBackend:
         context: AbstractContextManager[object] = deepspeed.zero.GatheredParameters(list(parameters))
         return context
 
-    def read_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def read_state(self, parameter: nn.Parameter) -> StatePart:
         """Refuse: the coordinator asks for no optimizer state of this backend."""
         raise ConfigError("backend deepspeed gives no optimizer state.")
 

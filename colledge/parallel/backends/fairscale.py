@@ -16,6 +16,7 @@ from fairscale.optim import OSS
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from colledge.parallel.backends import StatePart
 from colledge.parallel.setup import ParameterGroups, make_optimizer
 from colledge.settings import OptimizerSettings
 
@@ -78,9 +79,9 @@ class FairScaleBackend:
         """Return an empty context: every replica holds all values."""
         return nullcontext()
 
-    def read_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
+    def read_state(self, parameter: nn.Parameter) -> StatePart:
         """Return the optimizer state of a parameter that this replica updates."""
-        return dict(self._own_optimizer.state.get(parameter, {}))
+        return StatePart(0, dict(self._own_optimizer.state.get(parameter, {})))
 
     def write_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
         """Take the optimizer state of a parameter, where this replica updates it."""

@@ -1,4 +1,7 @@
-"""colledge's own backend: gradients in one flat buffer, summed over replicas; every rank updates what it holds."""
+"""colledge's own backend: gradients in one flat buffer, summed over replicas; every rank updates what it holds.
+
+Under ZeRO a rank updates only the part of it whose optimizer state it holds.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from colledge.parallel.backends import StatePart
 from colledge.parallel.gradients import Gradients
 from colledge.parallel.groups import Group
 from colledge.parallel.stage import PlainPasses
+from colledge.parallel.zero import StatePartition
 
 
 class NativeBackend(PlainPasses):
@@ -22,6 +27,7 @@ class NativeBackend(PlainPasses):
         optimizer: Of the same.
         gradient_clipping: The largest norm of the whole model's gradient, or None.
         plan_group: Every rank of the plan, or None for one.
+        partition: The part whose optimizer state this rank holds; None for all.
     """
 
     def __init__(
@@ -31,10 +37,12 @@ class NativeBackend(PlainPasses):
         optimizer: torch.optim.Optimizer,
         gradient_clipping: float | None,
         plan_group: Group | None,
+        partition: StatePartition | None = None,
     ) -> None:
         super().__init__(module)
         self._gradients, self._optimizer = gradients, optimizer
         self._clipping, self._plan_group = gradient_clipping, plan_group
+        self._partition = partition
 
     def start(self) -> None:
         """Do nothing: the parameters are those of the module."""
@@ -55,6 +63,8 @@ class NativeBackend(PlainPasses):
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
+        if self._partition is not None:
+            self._partition.gather(action)
         self._gradients.zero()
         return norm
 
@@ -62,13 +72,20 @@ class NativeBackend(PlainPasses):
         """Return an empty context: the parameters are whole."""
         return nullcontext()
 
-    def read_state(self, parameter: nn.Parameter) -> Mapping[str, Tensor]:
-        """Return a parameter's optimizer state."""
-        return dict(self._optimizer.state.get(parameter, {}))
+    def read_state(self, parameter: nn.Parameter) -> StatePart:
+        """Return what this rank holds of a parameter's optimizer state."""
+        if self._partition is None:
+            return StatePart(0, dict(self._optimizer.state.get(parameter, {})))
+        piece = self._partition.piece(parameter)
+        state = {} if piece is None else self._optimizer.state.get(piece, {})
+        return StatePart(self._partition.begin(parameter), dict(state))
 
     def write_state(self, parameter: nn.Parameter, state: Mapping[str, Tensor]) -> None:
-        """Take a parameter's optimizer state."""
-        self._optimizer.state[parameter] = dict(state)
+        """Take a parameter's optimizer state, of which this rank keeps what it holds."""
+        if self._partition is None:
+            self._optimizer.state[parameter] = dict(state)
+        elif (piece := self._partition.piece(parameter)) is not None:
+            self._optimizer.state[piece] = self._partition.take(parameter, state)
 
     def close(self) -> None:
         """Do nothing: groups live as long as the process."""
