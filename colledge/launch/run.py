@@ -424,6 +424,8 @@ def show_report(made: Report, folder: OutputFolder, console: Console) -> None:
         f"{made.final_loss:.3f}{validated}; {made.energy_text(made.total_energy_joules)} in all ({made.energy_source})",
         highlight=False,
     )
+    for sentence in made.activation_cache.sentences() if made.activation_cache is not None else ():
+        console.print(sentence, highlight=False)
     console.print(f"report: {folder.report_html}", highlight=False)
 
 

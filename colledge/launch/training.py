@@ -59,11 +59,11 @@ class Training:
         self._data = load_data(job.run, job.model)
         self._modes = power_modes(job, self._plan, self._pool)
         weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
-        if self._plan.prediction is not None:
-            predicted_s = self._plan.prediction.step_s
-            world.wire.timeout_s = max(world.wire.timeout_s, _DEADLINE_STEPS * predicted_s)
 
         def engine(plan: Plan) -> Engine:
+            if plan.prediction is not None:
+                limit_s = _DEADLINE_STEPS * plan.prediction.step_s
+                world.wire.timeout_s = max(world.wire.timeout_s, limit_s)
             return Engine(plan, model, weights, engine_settings(job, plan, self._pool), ranks, world.wire)
 
         self._caches: ActivationCaches | None = None

@@ -19,6 +19,10 @@ from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import Record
 from colledge.units import format_bytes, format_joules, format_seconds
 
+_FILLED_AT_ONCE = (
+    64 * 1024**2
+)  # bytes of rows: a batch of them is in memory where it is made and where it goes
+
 
 class CachePlan(Record):
     """How the activations that a plan trains from are made, and what the run would be without them.
@@ -92,8 +96,16 @@ def plan_cache(pool: PoolProfile, model: ModelProfile, request: PlanningRequest)
         ConfigError: No plan computes the prefix, or nothing is worth caching.
     """
     layers = prefix_layers(model)
-    free = {"must_use": (), "deadline_step_s": None, "switch_modes": False, "wire_precision": None}
-    prefix = plan_training(pool, model, request.model_copy(update=free | {"layers": layers})).best
+    row_bytes = model.layers[layers[1] - 1].output_bytes_per_sample
+    changes = {
+        "layers": layers,
+        "global_batch_size": max(1, min(request.global_batch_size, _FILLED_AT_ONCE // max(1, row_bytes))),
+        "must_use": (),
+        "deadline_step_s": None,
+        "switch_modes": False,
+        "wire_precision": None,
+    }
+    prefix = plan_training(pool, model, request.model_copy(update=changes)).best
     uncached, why_not = None, ""
     try:
         uncached = plan_training(pool, model, request.model_copy(update={"layers": None})).best
@@ -101,7 +113,7 @@ def plan_cache(pool: PoolProfile, model: ModelProfile, request: PlanningRequest)
         why_not = fault.message
     return CachePlan(
         prefix=prefix,
-        row_bytes=model.layers[layers[1] - 1].output_bytes_per_sample,
+        row_bytes=row_bytes,
         uncached=uncached,
         why_not=why_not,
     )
