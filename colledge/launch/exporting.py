@@ -111,7 +111,7 @@ def export(output: Path, target: Path, merge: bool) -> Path:
 def _whole_layers(trained: Trained) -> Iterator[dict[str, Tensor]]:
     """Yield the weights of one layer of the whole model after another, adapters merged; a tied weight comes once."""
     job, values, weights = trained.job, trained.values, trained.weights()
-    model = HuggingFaceCausalLM.from_directory(job.model)
+    model = HuggingFaceCausalLM.from_directory(job.model, probe=False)
     for index in range(len(model.layer_names)):
         layer = {}
         for name, shape in model.layer_parameters(index).items():

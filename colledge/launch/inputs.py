@@ -41,13 +41,20 @@ def find_model(name: str) -> Path:
         ) from None
 
 
-def open_model(run: RunConfig, folder: Path) -> HuggingFaceCausalLM:
+def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFaceCausalLM:
     """Return a run's model: the structure in its folder, trained as the run says.
+
+    Args:
+        run: The run.
+        folder: The model's.
+        probe: Whether a small copy is tried in parts; the command that starts a run does that, its processes need not.
 
     Raises:
         ModelError: It cannot be cut into layers, or the adapters do not fit it.
     """
-    return HuggingFaceCausalLM.from_directory(folder, run.adapters, run.mixed_precision, run.frozen_precision)
+    return HuggingFaceCausalLM.from_directory(
+        folder, run.adapters, run.mixed_precision, run.frozen_precision, probe=probe
+    )
 
 
 @dataclass(frozen=True)

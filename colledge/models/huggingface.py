@@ -100,8 +100,17 @@ class HuggingFaceCausalLM:
         lora: LoraSettings | None = None,
         mixed_precision: NarrowPrecision | None = None,
         frozen_precision: NarrowPrecision | None = None,
+        *,
+        probe: bool = True,
     ) -> HuggingFaceCausalLM:
         """Return the model whose configuration is in a directory that `save_pretrained` wrote.
+
+        Args:
+            directory: Of the model.
+            lora: Adapters to train; None trains all.
+            mixed_precision: Of products.
+            frozen_precision: Of frozen matrices in memory.
+            probe: Whether a small copy is tried in parts; once a run is enough.
 
         Raises:
             ModelError: There is no config.json, it cannot be cut, or a small copy of it in parts is not the whole.
@@ -116,7 +125,8 @@ class HuggingFaceCausalLM:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         model = cls(config.to_dict())
-        check_parts(model)
+        if probe:
+            check_parts(model)
         return cls(config.to_dict(), lora, mixed_precision, frozen_precision)
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
