@@ -74,7 +74,7 @@ def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
         raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `colledge profile {path}` first.")
     if run.pool.is_file():
         _check_profiles(*profiles, run, load_pool(run.pool), path)
-    request = request_of(run, profiles[1])
+    request = request_of(run, trained_layers(run, profiles[1]))
     return PlanningInputs(*profiles, request, folder, run.steps, run.deadline_s, run.deadline_step_s)
 
 
@@ -206,15 +206,17 @@ def write_cache(cache: CachePlan | None, folder: OutputFolder) -> None:
         write_atomically(folder.cache, cache.to_json())
 
 
-def request_of(run: RunConfig, model: ModelProfile) -> PlanningRequest:
-    """Return what a run asks of the planner.
+def trained_layers(run: RunConfig, model: ModelProfile) -> tuple[int, int] | None:
+    """Return the layers above cached activations, or None where a run caches none.
 
     Raises:
-        ConfigError: Activations are to be cached, and nothing is worth it.
+        ConfigError: Nothing is worth caching.
     """
-    layers = None
-    if run.activation_cache is not None:
-        layers = (prefix_layers(model)[1], len(model.layers))
+    return None if run.activation_cache is None else (prefix_layers(model)[1], len(model.layers))
+
+
+def request_of(run: RunConfig, layers: tuple[int, int] | None = None) -> PlanningRequest:
+    """Return what a run asks of the planner, for all layers or a range of them."""
     return PlanningRequest(
         global_batch_size=run.batch.global_size,
         objective=run.objective,

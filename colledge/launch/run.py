@@ -231,7 +231,7 @@ def _asked(inputs: Inputs, profiles: tuple[PoolProfile, ModelProfile]) -> Planni
     run, (num_train, num_validation) = inputs.run, inputs.num_rows
     asked = PlanningInputs(
         *profiles,
-        planning.request_of(run, profiles[1]),
+        planning.request_of(run, planning.trained_layers(run, profiles[1])),
         steps=run.steps,
         deadline_s=run.deadline_s,
         deadline_step_s=run.deadline_step_s,

@@ -15,6 +15,7 @@ model: ./my-llama
 data: {train: corpus.jsonl, sequence_length: 128}
 method: lora
 lora: {rank: 4, alpha: 8, dropout: 0.1, targets: all-linear, modules_to_save: [lm_head], blocks: [2, 3]}
+activation_cache: {limit: 20 GB}
 mixed_precision: bfloat16
 frozen_precision: bfloat16
 batch: {global_size: 16}
