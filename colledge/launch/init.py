@@ -19,7 +19,8 @@ data:
   # loss_on: answers          # learn completions and what the assistant says, read the rest
   # validation_split: 0.05    # or validation: a file; with evaluate_every below
 method: full                  # train every parameter; lora: adapters alone, with settings such as
-# lora: {rank: 8, alpha: 16, targets: [q_proj, v_proj]}
+# lora: {rank: 8, alpha: 16, targets: [q_proj, v_proj]}   # blocks: [20, 21] adapts these alone, and then
+# activation_cache: {limit: 20 GB}   # computes what lies below them once, not in every epoch
 batch: {global_size: 16}      # rows in a step, over all devices
 optimizer: {name: adamw, learning_rate: 1.0e-3}   # also sgd; weight_decay, betas, gradient_clipping ...
   # schedule: cosine, warmup_steps: 20: the rate rises, then falls to 0 (linear | cosine; constant stays)
