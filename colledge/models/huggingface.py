@@ -262,6 +262,13 @@ class HuggingFaceCausalLM:
         """Return whether a parameter is trained; others are frozen."""
         return name in self._trained
 
+    @cached_property
+    def first_trained(self) -> int:
+        """The first layer that trains anything, or the number of layers where none does."""
+        num_layers = len(self.layer_names)
+        trained = (i for i in range(num_layers) if any(map(self.trains, self.layer_parameters(i))))
+        return next(trained, num_layers)
+
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Return the type in which a parameter is held where the model is built with `dtype`."""
         held = self.spec.frozen_precision is not None and len(self._shapes[name]) == 2

@@ -107,6 +107,10 @@ class LayeredModel(Protocol):
     def trains(self, name: str) -> bool:
         """Return whether a parameter is trained; others are frozen."""
 
+    @property
+    def first_trained(self) -> int:
+        """The first layer that trains anything, or the number of layers: no gradient need travel below it."""
+
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Return the type in which a parameter is held where the model is built with `dtype`."""
 

@@ -183,19 +183,22 @@ class _Part:
         self._output_shard = self._find_output_shard(ops) if has_head else None
         trained = {n: p for n, p in _unique(self._parameters).items() if p.requires_grad}
         self._backend = self._make_backend(module, trained, groups, shards, replicas, tied_group)
+        first_trained = self._model.first_trained
         self._runner = StageRunner(
             module,
             LOSSES[setup.loss] if has_head else None,
-            plan.recomputes(place.stage_index),
+            plan.recomputes(place.stage_index, first_trained),
             self._output_shard,
             MicrobatchRows(setup.seed, *stage.row_ranges[place.replica_index], plan.microbatch_size),
             self._backend,
+            has_backward=place.stage_index >= plan.first_backward(first_trained),
+            returns_gradient=stage.layers[0] > first_trained,
         )
         self._reports_loss = has_head and place.shard_index == 0
         self._executor = Executor(
             plan,
             place,
-            plan_schedule(plan),
+            plan_schedule(plan, first_trained),
             ranks,
             routes,
             self._runner,

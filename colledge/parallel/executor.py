@@ -1,7 +1,8 @@
 """Runs one rank's actions of a schedule: the same object that the planner simulated, action by action.
 
-Receives are posted ahead of the action that waits for them and sends are not waited for until the step ends,
-so bytes travel while this rank computes. Between unequal replica groups a micro-batch's rows go to whoever
+Receives are posted ahead of the action that waits for them and sends are not waited for until the step ends (or,
+where no gradient comes back to say that they were taken, until the second send after them), so bytes travel while
+this rank computes. Between unequal replica groups a micro-batch's rows go to whoever
 computes them next (in the plan's wire precision, where it has one):
 
     stage 0   replica 0: rows [0, 3)     replica 1: rows [3, 4)
@@ -24,7 +25,7 @@ from colledge.parallel.setup import RouteEstimate
 from colledge.parallel.stage import StageRunner
 from colledge.parallel.wire import Transfer, Wire
 from colledge.plan import Place, Plan
-from colledge.schedule import Action, ActionKind, Schedule
+from colledge.schedule import Action, ActionKind, Schedule, has_backwards
 
 StageInput = Callable[[int], Tensor]  # a micro-batch's rows of what the first stage takes
 
@@ -157,6 +158,7 @@ class Executor:
         self.wire_dtype = DTYPES[plan.wire_precision] if plan.wire_precision is not None else dtype
         self._place = place
         self._actions = schedule.stages[place.stage_index]
+        self._has_backward = has_backwards(self._actions)
         self._is_last = place.stage_index == plan.num_stages - 1
         self._num_microbatches = plan.num_microbatches
         self._num_rows = plan.stages[place.stage_index].replicas[place.replica_index].samples
@@ -211,7 +213,8 @@ class Executor:
             return
         shape = (self._num_rows, *boundary)
         forwards = _Inbox(self, self._neighbours.forward_in, shape, _FORWARD_TAG, self._num_microbatches)
-        backwards = _Inbox(self, self._neighbours.backward_in, shape, _BACKWARD_TAG, self._num_microbatches)
+        awaited = self._num_microbatches if self._has_backward else 0
+        backwards = _Inbox(self, self._neighbours.backward_in, shape, _BACKWARD_TAG, awaited)
         arrived: dict[Action, Tensor] = {}
         made: dict[Action, Tensor] = {}
         sent: dict[Action, list[Transfer]] = {}
@@ -247,6 +250,8 @@ class Executor:
                         sent[action] = self._send(
                             self._neighbours.forward_out, made.pop(_compute(action)), tag
                         )
+                        if not self._has_backward:
+                            self._settle(sent, ActionKind.SEND_FORWARD, microbatch - _LOOKAHEAD, what)
                     case ActionKind.SEND_BACKWARD:
                         assert microbatch is not None
                         tag = _BACKWARD_TAG + 2 * microbatch

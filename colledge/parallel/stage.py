@@ -16,9 +16,12 @@ from colledge.models.losses import Loss, OutputShard
 
 @dataclass
 class _Saved:
-    """What a forward leaves for its backward, which begins at `end`: an edge where the output itself is not needed."""
+    """What a forward leaves for its backward, which begins at `end`: an edge where the output itself is not needed.
 
-    x: Tensor
+    `x` is None where nobody asks for the input or its gradient again.
+    """
+
+    x: Tensor | None
     context: Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
     rows: BatchRows | None
@@ -74,6 +77,8 @@ class StageRunner:
         loss: On the last stage, the loss; None elsewhere.
         shard: On the last stage, which columns of the model's output this rank computes; None for all.
         recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
+        has_backward: Whether there are backwards: without, a forward keeps nothing.
+        returns_gradient: Whether a backward gives the gradient of the stage's input: something before it trains.
         rows: Which rows of a micro-batch this rank computes; by default those it is given.
         passes: How the module is run; by default as PyTorch runs it.
     """
@@ -86,12 +91,16 @@ class StageRunner:
         shard: OutputShard | None,
         rows: MicrobatchRows | None = None,
         passes: Passes | None = None,
+        *,
+        has_backward: bool = True,
+        returns_gradient: bool = True,
     ) -> None:
         self._module = module
         self._passes = passes or PlainPasses(module)
         self._loss = loss
         self._shard = shard
         self._recompute = recompute
+        self._has_backward, self._returns_gradient = has_backward, returns_gradient
         self._rows = rows
         self._step = 0
         self._saved: dict[int, _Saved] = {}
@@ -111,21 +120,21 @@ class StageRunner:
         """Compute a micro-batch's rows and keep what its backward needs; return the output or the loss."""
         rows = None if self._rows is None else self._rows.of(self._step, microbatch)
         saved = _Saved(x, context, targets, rows, None)
-        self._saved[microbatch] = saved
-        if self._recompute:
+        if self._has_backward:
+            self._saved[microbatch] = saved
+        if self._recompute or not self._has_backward:
             with torch.no_grad():
                 output = self._compute(saved)
         else:
-            if x.is_floating_point():
-                x.requires_grad_()
-            output = self._compute(saved)
-            saved.end = self._end(output)
+            output = self._compute_with_graph(saved)
+            if not self._returns_gradient:
+                saved.x = None
         if self._loss is not None:
             self.loss_sum += output.detach().double().cpu()
         return output.detach()
 
     def backward(self, microbatch: int, gradient: Tensor | None) -> Tensor | None:
-        """Add a micro-batch's gradients; return the gradient of the stage's input (None on the first stage).
+        """Add a micro-batch's gradients; return the gradient of the stage's input (None where nothing before trains).
 
         Args:
             microbatch: One whose forward ran.
@@ -133,12 +142,10 @@ class StageRunner:
         """
         saved = self._saved.pop(microbatch)
         if self._recompute:
-            if saved.x.is_floating_point():
-                saved.x.requires_grad_()
-            saved.end = self._end(self._compute(saved))
+            self._compute_with_graph(saved)
         if saved.end is not None:
             self._passes.backward(saved.end, gradient)
-        return saved.x.grad
+        return None if saved.x is None else saved.x.grad
 
     def infer(self, x: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Compute rows without a backward; return the stage's output (on the last stage the model's)."""
@@ -161,7 +168,16 @@ class StageRunner:
             return None
         return output if self._loss is not None else get_gradient_edge(output)
 
+    def _compute_with_graph(self, saved: _Saved) -> Tensor:
+        """Return the output or the loss, of which a backward can begin."""
+        assert saved.x is not None
+        saved.x.requires_grad_(self._returns_gradient)
+        output = self._compute(saved)
+        saved.end = self._end(output)
+        return output
+
     def _compute(self, saved: _Saved) -> Tensor:
+        assert saved.x is not None
         self._module.next_rows(saved.rows)
         output = self._passes.forward(saved.x, saved.context)
         if self._loss is None:

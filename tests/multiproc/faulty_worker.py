@@ -1,5 +1,7 @@
 """A device worker that obeys a few more commands, which break it on purpose; for worlds in a subprocess.
 
+watch     from now on note what is done and sent (breaks nothing)
+seen      tell what was noted
 inject    from now on drop one all-reduce, weigh rows wrongly, cut gradients into small buckets, or fail
 echo      answer with the same message
 babble    send a header that is none of ours
@@ -12,17 +14,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+import weakref
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from colledge.errors import ColledgeError
 from colledge.parallel import DeviceWorker, Message, Wire
 from colledge.parallel import gradients as gradients_module
 from colledge.parallel.groups import Group
 from colledge.parallel.stage import StageRunner
-from colledge.parallel.wire import COORDINATOR_RANK, RECORD_TAG
+from colledge.parallel.wire import COORDINATOR_RANK, RECORD_TAG, Transfer
 from colledge.parallel.world import join_world
 from tests.multiproc.workers import Workers
 
@@ -85,6 +89,67 @@ def _inject(message: Message, wire: Wire) -> Message:
     return Message({})
 
 
+class _Notes:
+    """What this process does: actions, messages (the peer's rank, bytes), and the most that it holds.
+
+    Sends not yet waited for; micro-batches that wait for a backward; of those the ones whose input is kept.
+    """
+
+    def __init__(self) -> None:
+        self.actions: list[str] = []
+        self.sent: list[tuple[int, int]] = []
+        self.received: list[tuple[int, int]] = []
+        self.most_unsettled = self.most_in_flight = self.most_inputs = 0
+        self._sending: list[weakref.ref[Transfer]] = []
+
+    def watch(self) -> None:
+        """Note from now on."""
+        send, receive, record = Wire.send, Wire.receive, torch.profiler.record_function
+        forward = StageRunner.forward
+
+        def noted_send(wire: Wire, tensor: Tensor, peer: int, tag: int) -> Transfer:
+            transfer = send(wire, tensor, peer, tag)
+            self.sent.append((peer, tensor.nbytes))
+            self._sending = [ref for ref in self._sending if ref() is not None] + [weakref.ref(transfer)]
+            self.most_unsettled = max(self.most_unsettled, len(self._sending))
+            return transfer
+
+        def noted_receive(wire: Wire, tensor: Tensor, peer: int, tag: int) -> Transfer:
+            if tag != RECORD_TAG:
+                self.received.append((peer, tensor.nbytes))
+            return receive(wire, tensor, peer, tag)
+
+        def noted_record(name: str) -> Any:
+            self.actions.append(name)
+            return record(name)
+
+        def noted_forward(runner: StageRunner, *args: Any) -> Tensor:
+            output = forward(runner, *args)
+            kept = runner._saved.values()
+            self.most_in_flight = max(self.most_in_flight, len(kept))
+            self.most_inputs = max(self.most_inputs, sum(saved.x is not None for saved in kept))
+            return output
+
+        mock.patch.object(StageRunner, "forward", noted_forward).start()
+        mock.patch.object(Wire, "send", noted_send).start()
+        mock.patch.object(Wire, "receive", noted_receive).start()
+        mock.patch.object(torch.profiler, "record_function", noted_record).start()
+
+
+_notes = _Notes()
+
+
+def _watch(message: Message, wire: Wire) -> Message:
+    _notes.watch()
+    return Message({})
+
+
+def _seen(message: Message, wire: Wire) -> Message:
+    seen = {name: value for name, value in vars(_notes).items() if not name.startswith("_")}
+    vars(_notes).update(vars(_Notes()))
+    return Message(seen)
+
+
 def _echo(message: Message, wire: Wire) -> Message:
     return Message({"echo": message.fields["content"]}, message.tensors)
 
@@ -109,6 +174,7 @@ def _sleep(message: Message, wire: Wire) -> Message:
 def main() -> None:
     torch.set_num_threads(1)
     handlers = {"inject": _inject, "echo": _echo, "babble": _babble, "sink": _sink, "sleep": _sleep}
+    handlers |= {"watch": _watch, "seen": _seen}
     try:
         world = join_world(float(os.environ["COLLEDGE_TIMEOUT_S"]))
         DeviceWorker(world, handlers).serve()

@@ -97,20 +97,24 @@ def _values(structure: HuggingFaceCausalLM, weights: dict[str, Tensor]) -> Start
 
 
 @cache
-def reference(model: str, held: bool = False) -> tuple[list[float], dict[str, Tensor]]:
+def reference(
+    model: str, held: bool = False, settings: LoraSettings | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
     """Train with PEFT in this process; return the losses, and what was trained by its plain name.
 
     Args:
         model: Which one.
         held: Whether frozen matrices are rounded to bfloat16 before.
+        settings: The adapters; by default those of SETTINGS.
     """
     torch.set_num_threads(1)
+    settings = settings or SETTINGS[model]
     case = Case(model=model)
     plain, weights = _start_weights(case)
     keep_float64(plain)
-    structure = _structure(model, SETTINGS[model])
+    structure = _structure(model, settings)
     values = _values(structure, weights)
-    adapted = peft.get_peft_model(plain, peft_config(SETTINGS[model]))
+    adapted = peft.get_peft_model(plain, peft_config(settings))
     trained = {
         plain_name(name).removeprefix("base_model.model.").replace(".modules_to_save.", "."): parameter
         for name, parameter in adapted.named_parameters()

@@ -559,6 +559,8 @@ def test_every_bound_is_below_every_simulated_plan(
                 assert low_s <= seen.step_s * (1 + 1e-9)
                 assert low_joules <= energy * (1 + 1e-9) + 1e-12
             assert values[at] <= joules[choice] * (1 + 1e-9) + 1e-12
+            again = draft._replace(stages=tuple(stage._replace(recompute=True) for stage in draft.stages))
+            assert judge.bound(again)[0] <= predict(draft_plan(again, 4, 4), pool, model).step_s * (1 + 1e-9)
             found = judge.judge(draft)
             assert found is not None
             assert found.step_s == seen.step_s
