@@ -212,7 +212,10 @@ def trained_layers(run: RunConfig, model: ModelProfile) -> tuple[int, int] | Non
     Raises:
         ConfigError: Nothing is worth caching.
     """
-    return None if run.activation_cache is None else (prefix_layers(model)[1], len(model.layers))
+    if run.activation_cache is None:
+        return None
+    names = [layer.name for layer in model.layers]
+    return prefix_layers(model.first_trained, names)[1], len(names)
 
 
 def request_of(run: RunConfig, layers: tuple[int, int] | None = None) -> PlanningRequest:

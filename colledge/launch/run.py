@@ -28,7 +28,7 @@ from colledge.parallel.backends.zero_config import check_config, complete_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
-from colledge.planner.caching import CachePlan
+from colledge.planner.caching import CachePlan, prefix_layers
 from colledge.planner.explain import rounding
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json, write_atomically
@@ -80,6 +80,8 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
         )
     folder = find_model(run.model)
     model = open_model(run, folder)
+    if run.activation_cache is not None:
+        prefix_layers(model.first_trained, model.layer_names)
     notes: tuple[str, ...] = ()
     num_rows = (0, 0)
     if with_data:

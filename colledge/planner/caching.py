@@ -6,6 +6,7 @@ not cached │ step of all layers │ step of all layers │ ...
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
@@ -68,20 +69,22 @@ class CachePlan(Record):
         return tuple(said)
 
 
-def prefix_layers(model: ModelProfile) -> tuple[int, int]:
+def prefix_layers(first_trained: int, names: Sequence[str]) -> tuple[int, int]:
     """Return the half-open range of layers whose outputs can be cached: all below the first that trains.
 
+    Args:
+        first_trained: The first layer that trains.
+        names: Of the model's layers.
+
     Raises:
-        ConfigError: More than looking tokens up is not below it.
+        ConfigError: No more than looking tokens up is below it.
     """
-    first = model.first_trained
-    if first < 2 or first >= len(model.layers):
+    if first_trained < 2:
         raise ConfigError(
-            f"activation_cache: {model.layers[min(first, len(model.layers) - 1)].name} trains already, so there is "
-            "nothing worth caching below it.",
+            f"activation_cache: {names[first_trained]} trains already, so there is nothing worth caching below it.",
             fix="give adapters to the last blocks only (lora.blocks), or take activation_cache out.",
         )
-    return 0, first
+    return 0, first_trained
 
 
 def plan_cache(pool: PoolProfile, model: ModelProfile, request: PlanningRequest) -> CachePlan:
@@ -95,7 +98,7 @@ def plan_cache(pool: PoolProfile, model: ModelProfile, request: PlanningRequest)
     Raises:
         ConfigError: No plan computes the prefix, or nothing is worth caching.
     """
-    layers = prefix_layers(model)
+    layers = prefix_layers(model.first_trained, [layer.name for layer in model.layers])
     row_bytes = model.layers[layers[1] - 1].output_bytes_per_sample
     changes = {
         "layers": layers,

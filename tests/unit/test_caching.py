@@ -30,11 +30,12 @@ def frozen(model: ModelProfile) -> ModelProfile:
     return model.model_copy(update={"layers": (*layers, model.layers[3])})
 
 
+NAMES = [f"block.{i}" for i in range(4)]
 REQUEST = PlanningRequest(global_batch_size=8, layers=(3, 4))
 
 
 def test_the_prefix_is_computed_forwards_only(pool: PoolProfile, frozen: ModelProfile) -> None:
-    assert prefix_layers(frozen) == (0, 3)
+    assert prefix_layers(frozen.first_trained, NAMES) == (0, 3)
     cache = plan_cache(pool, frozen, REQUEST)
     assert cache.prefix.layer_range == (0, 3)
     kinds = {
@@ -87,7 +88,7 @@ def test_a_step_on_cached_activations_is_predicted_to_be_shorter(
 
 def test_nothing_is_cached_where_the_first_block_trains(model: ModelProfile) -> None:
     with pytest.raises(ConfigError, match=r"block\.0 trains already") as fault:
-        prefix_layers(model)
+        prefix_layers(model.first_trained, NAMES)
     assert "lora.blocks" in fault.value.fix
 
 
