@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import cast
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from transformers import AutoTokenizer
 
 from colledge.data import Example, Rows, Tokenizer, make_rows, read_examples, split_examples
@@ -31,14 +38,23 @@ def find_model(name: str) -> Path:
         raise ModelError(
             f"{path}: no such model directory.", fix="set model to a folder that save_pretrained wrote."
         )
+    local = f"give a local path such as ./{path.name}"
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED_FILES)))
+    except GatedRepoError:
+        why = "it is gated, and not open to you"
+        fix = f"ask for access at https://huggingface.co/{name} and set HF_TOKEN (or `hf auth login`), or {local}."
+    except RepositoryNotFoundError:
+        why, fix = (
+            "the hub has no model of that name, or it is private",
+            f"mend the name, set HF_TOKEN, or {local}.",
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as fault:
-        line = " ".join(str(fault).split())[:200]
-        raise ModelError(
-            f"model {name!r} is no local directory and cannot be fetched from the hub ({line}).",
-            fix="give a local path such as ./my-model, or log in, or unset HF_HUB_OFFLINE.",
-        ) from None
+        why = f"the hub is out of reach: {' '.join(str(fault).split())[:200]}"
+        fix = f"{local}, or look at the network."
+        if HF_HUB_OFFLINE:
+            why, fix = "HF_HUB_OFFLINE is set and the cache has it not", f"{local}, or unset HF_HUB_OFFLINE."
+    raise ModelError(f"model {name!r} is no local directory and cannot be fetched: {why}.", fix=fix)
 
 
 def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFaceCausalLM:

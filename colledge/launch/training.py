@@ -6,6 +6,8 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
 from colledge.launch.saved_model import write_adapter, write_model
-from colledge.launch.step_metrics import power_modes, step_metrics
+from colledge.launch.step_metrics import device_figures, power_modes, step_metrics
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.models.lora import StartingValues
@@ -250,18 +252,24 @@ class Training:
         """
         run, rows, step = self._job.run, self._data.validation, self._engine.step
         assert rows is not None
-        began_s, total, count = time.perf_counter(), 0.0, 0
+        began_s, parts = time.perf_counter(), []
         for start in range(0, rows.num_rows, run.batch.global_size):
             if stop.asked:
                 return
             indices = torch.arange(start, min(start + run.batch.global_size, rows.num_rows))
-            part, targets = self._engine.evaluate(numbered(rows, indices, self._data.train.num_rows))
-            total, count = total + part, count + targets
-        loss, took_s = total / count, time.perf_counter() - began_s
+            parts.append(self._engine.evaluate(numbered(rows, indices, self._data.train.num_rows)))
+        whole, took_s = reduce(add, parts), time.perf_counter() - began_s
+        loss = whole.loss / whole.num_targets
         self._check_finite("validation loss", loss)
         self._losses[step] = loss
         if self._line is not None:
-            self._line = self._line.model_copy(update={"validation_loss": loss, "validation_s": took_s})
+            figures = device_figures(took_s, whole.devices, self._modes)
+            validation = {
+                "validation_loss": loss,
+                "validation_s": took_s,
+                "validation_joules": sum(one.energy_joules for one in figures.values()),
+            }
+            self._line = self._line.model_copy(update=validation)
             append_metrics(self._folder.metrics, self._line)
             if self._tracker is not None:
                 self._tracker.write(self._line, "validation_loss")

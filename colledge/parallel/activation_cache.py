@@ -195,10 +195,10 @@ class DeviceCache:
             if rank != fields["rank"]:
                 buffer = torch.empty((len(rows), *shape), dtype=dtype)
                 arriving[rank] = (buffer, self._wire.receive(buffer, rank, _TAG))
-        seconds = {"compute_s": 0.0, "communicate_s": 0.0}
+        figures = {"compute_s": 0.0, "communicate_s": 0.0, "peak_memory_bytes": 0}
         computed: Tensor | None = None
         if forwards is not None:
-            computed, seconds = forwards(message)
+            computed, figures = forwards(message)
         leaving = []
         for rank, positions in given.items():
             assert computed is not None
@@ -208,11 +208,11 @@ class DeviceCache:
             else:
                 leaving.append(self._wire.send(part, rank, _TAG))
         for rank, (buffer, transfer) in arriving.items():
-            seconds["communicate_s"] += transfer.wait("filling the activation cache")
+            figures["communicate_s"] += transfer.wait("filling the activation cache")
             self._cache.write(wanted[rank].tolist(), buffer)
         for transfer in leaving:
-            seconds["communicate_s"] += transfer.wait("filling the activation cache")
-        return Message(seconds)
+            figures["communicate_s"] += transfer.wait("filling the activation cache")
+        return Message(figures)
 
     def read(self, rows: Tensor) -> Tensor:
         """Return the activations of rows, [len(rows), *row_shape]."""

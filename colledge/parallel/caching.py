@@ -19,7 +19,7 @@ from torch import Tensor
 from colledge.data.batch import Batch
 from colledge.errors import ConfigError
 from colledge.models.layered import DTYPES
-from colledge.parallel.engine import DeviceStep, Engine, command
+from colledge.parallel.engine import DeviceStep, Engine, command, device_steps
 from colledge.parallel.wire import Message, Wire
 from colledge.plan import Plan
 from colledge.settings import Precision
@@ -125,11 +125,7 @@ class ActivationCaches:
             began_s = time.perf_counter()
             batch = batch_of(torch.cat([part, part[-1:].expand(size - len(part))]))
             answers = self._command(self._messages(prefix, part, batch), "filling the activation cache")
-            devices = {
-                device: DeviceStep(answer.fields["compute_s"], answer.fields["communicate_s"], 0)
-                for device, answer in answers.items()
-            }
-            yield FillStep(len(part), time.perf_counter() - began_s, devices)
+            yield FillStep(len(part), time.perf_counter() - began_s, device_steps(answers))
 
     def _messages(self, prefix: Engine, rows: Tensor, batch: Batch) -> dict[str, Message]:
         """Return what every device does for some rows, the first of a batch: computes, gives away, takes."""

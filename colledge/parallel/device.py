@@ -361,8 +361,7 @@ class _Part:
             {
                 "loss": float(self._runner.loss_sum) if self._reports_loss else 0.0,
                 "gradient_norm": norm,
-                **self._seconds(),
-                "peak_memory_bytes": _peak_bytes(torch.device(self._setup.accelerator)),
+                **self._figures(),
             }
         )
 
@@ -382,8 +381,8 @@ class _Part:
                 loss += self._runner.total_loss(output, rows)
             self._clock.end_compute()
         if not self._reports_loss:
-            return Message({"loss": 0.0})
-        return Message({"loss": loss}, {"output": torch.cat(outputs)} if outputs else {})
+            return Message({"loss": 0.0, **self._figures()})
+        return Message({"loss": loss, **self._figures()}, {"output": torch.cat(outputs)} if outputs else {})
 
     def activations(self, message: Message) -> tuple[Tensor | None, dict[str, float]]:
         """Run the forwards of a prefix of the model; return its last boundary, where it is here, and the seconds."""
@@ -393,7 +392,7 @@ class _Part:
         found = [
             out for _, out in self._executor.infer(fields["step"], x, context, tuple(fields["boundary"]))
         ]
-        return torch.cat(found) if found else None, self._seconds()
+        return torch.cat(found) if found else None, self._figures()
 
     def _whole_output(self, output: Tensor) -> Tensor:
         """Return all columns of an output of which the shards hold parts."""
@@ -404,9 +403,13 @@ class _Part:
         whole[..., start:stop] = output
         return self._output_shard.ops.sum_in_place(whole)
 
-    def _seconds(self) -> dict[str, float]:
-        """Return what this device did since the clock was reset."""
-        return {"compute_s": self._clock.compute_s, "communicate_s": self._clock.communicate_s}
+    def _figures(self) -> dict[str, float]:
+        """Return what this device did since the clock was reset, and the most memory that it has held."""
+        return {
+            "compute_s": self._clock.compute_s,
+            "communicate_s": self._clock.communicate_s,
+            "peak_memory_bytes": _peak_bytes(torch.device(self._setup.accelerator)),
+        }
 
     def _rows(self, message: Message) -> tuple[StageInput | None, dict[str, Tensor], dict[str, Tensor]]:
         """Return a message's rows: of the first stage's input by micro-batch, of the context, and of the targets."""

@@ -11,6 +11,8 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -40,6 +42,28 @@ class DeviceStep:
     compute_s: float
     communicate_s: float
     peak_memory_bytes: int
+
+    def __add__(self, other: DeviceStep) -> DeviceStep:
+        """Return both together."""
+        return DeviceStep(
+            self.compute_s + other.compute_s,
+            self.communicate_s + other.communicate_s,
+            max(self.peak_memory_bytes, other.peak_memory_bytes),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss summed over some targets, how many there were, and what each device did for it."""
+
+    loss: float
+    num_targets: int
+    devices: dict[str, DeviceStep]
+
+    def __add__(self, other: Evaluation) -> Evaluation:
+        """Return both together, which are of the same devices."""
+        devices = {device: step + other.devices[device] for device, step in self.devices.items()}
+        return Evaluation(self.loss + other.loss, self.num_targets + other.num_targets, devices)
 
 
 @dataclass(frozen=True)
@@ -221,23 +245,17 @@ class Engine:
             num_targets=num_targets,
             step_s=step_s,
             gradient_norm=next(iter(answers.values())).fields["gradient_norm"],
-            devices={
-                device: DeviceStep(
-                    answer.fields["compute_s"],
-                    answer.fields["communicate_s"],
-                    answer.fields["peak_memory_bytes"],
-                )
-                for device, answer in answers.items()
-            },
+            devices=device_steps(answers),
         )
 
-    def evaluate(self, batch: Batch) -> tuple[float, int]:
-        """Return the loss summed over a batch's targets, and how many there are. Any number of rows."""
-        total = 0.0
+    def evaluate(self, batch: Batch) -> Evaluation:
+        """Return the loss summed over a batch's targets. Any number of rows."""
+        parts = []
         for part, _ in self._padded(batch):
             answers = self._infer(part, "loss")
-            total += sum(answer.fields["loss"] for answer in answers.values())
-        return total, self._loss.count(batch.targets)
+            loss = sum(answer.fields["loss"] for answer in answers.values())
+            parts.append(Evaluation(loss, self._loss.count(part.targets), device_steps(answers)))
+        return reduce(add, parts)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the model's outputs for a batch of any number of rows, in its order, on the coordinator."""
@@ -406,6 +424,14 @@ class Engine:
     def _command(self, messages: Mapping[str, Message], action: str) -> dict[str, Message]:
         """Send each device its message, wait for all answers; a fault of one is raised as its own."""
         return command(self._wire, {self._ranks[d]: m for d, m in messages.items()}, action, self._ranks)
+
+
+def device_steps(answers: Mapping[str, Message]) -> dict[str, DeviceStep]:
+    """Return what the devices did, by their own answers."""
+    names = ("compute_s", "communicate_s", "peak_memory_bytes")
+    return {
+        device: DeviceStep(*(answer.fields[name] for name in names)) for device, answer in answers.items()
+    }
 
 
 def command(

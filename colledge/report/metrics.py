@@ -20,7 +20,7 @@ class StepMetrics(Record):
     """One step as measured. `energy_joules` is the whole pool's, `tokens` those that the loss counts.
 
     `validation_loss` is the mean over the validation data after this step; its time, `validation_s`, is not in
-    `step_s`, nor its energy in `energy_joules`.
+    `step_s`, nor its energy, `validation_joules`, in `energy_joules`.
     """
 
     step: int = Field(ge=1)
@@ -32,6 +32,7 @@ class StepMetrics(Record):
     gradient_norm: float | None = Field(default=None, ge=0)
     validation_loss: float | None = None
     validation_s: float | None = Field(default=None, ge=0)
+    validation_joules: float | None = Field(default=None, ge=0)
     devices: dict[str, DeviceFigures]
 
 

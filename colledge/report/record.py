@@ -66,6 +66,7 @@ class Validation(Record):
     step: int = Field(ge=1)
     loss: float
     seconds: float = Field(ge=0)
+    joules: float | None = Field(default=None, ge=0)
 
 
 class Report(Record):
@@ -135,7 +136,12 @@ def build_report(
     prediction = plan.prediction
     tokens = sum(line.tokens for line in metrics)
     validation = tuple(
-        Validation(step=line.step, loss=line.validation_loss, seconds=line.validation_s or 0.0)
+        Validation(
+            step=line.step,
+            loss=line.validation_loss,
+            seconds=line.validation_s or 0.0,
+            joules=line.validation_joules,
+        )
         for line in metrics
         if line.validation_loss is not None
     )
@@ -225,8 +231,10 @@ def _validation_notes(validation: Sequence[Validation]) -> list[str]:
     if not validation:
         return []
     seconds = sum(one.seconds for one in validation)
+    known = [one.joules for one in validation if one.joules is not None]
+    energy = f" and {format_joules(sum(known))}" if len(known) == len(validation) else ""
     return [
-        f"Validating took {format_seconds(seconds)}; neither that time nor its energy is in any figure here."
+        f"Validating took {format_seconds(seconds)}{energy}; neither that time nor its energy is in any figure here."
     ]
 
 

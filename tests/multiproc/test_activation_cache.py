@@ -111,10 +111,14 @@ def _pairs(last: int, cut: int) -> dict[str, tuple[Plan, Plan]]:
 
 def _train(engine: Engine) -> Trained:
     losses = [engine.train_step(_batch(rows)).loss for rows in _steps()]
-    validation, count = engine.evaluate(_batch(torch.tensor([3, 9, 10])))
+    validation = engine.evaluate(_batch(torch.tensor([3, 9, 10])))
     layers = engine.state_dict(trained_only=True).values()
     engine.close()
-    return losses, validation / count, {name: tensor for layer in layers for name, tensor in layer.items()}
+    return (
+        losses,
+        validation.loss / validation.num_targets,
+        {name: tensor for layer in layers for name, tensor in layer.items()},
+    )
 
 
 def _engine(plan: Plan, name: str, workers: Workers, settings: EngineSettings = SETTINGS) -> Engine:

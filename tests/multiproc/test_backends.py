@@ -70,7 +70,7 @@ def _train(plans: list[Plan], workers: Workers, backend: dict[str, Any]) -> dict
                 engine.restore_layer(name, values, index)
         record = engine.train_step(make_batch(CASE, index), 0.01 / (1 + index))
         numbers += [record.loss, record.gradient_norm]
-    numbers.append(engine.evaluate(make_batch(CASE, NUM_STEPS, extra_rows=3))[0])
+    numbers.append(engine.evaluate(make_batch(CASE, NUM_STEPS, extra_rows=3)).loss)
     values = {name: tensor for layer in engine.layers() for name, tensor in layer.items()}
     engine.close()
     return {"numbers": numbers, "weights": values}

@@ -154,6 +154,11 @@ def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
         metrics = read_metrics(folder / f"out-{name}" / "metrics.jsonl")
         losses[name] = [line.loss for line in metrics]
         validated[name] = {line.step: line.validation_loss for line in metrics if line.validation_s}
+        for line in (line for line in metrics if line.validation_s):
+            assert line.validation_joules is not None
+            assert (
+                10 + 4 + 2 < line.validation_joules / line.validation_s < 40 + 14 + 6
+            )  # all idle, all computing
     assert len(losses["one"]) == 6
     assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
     assert losses["one"][-1] < losses["one"][0]

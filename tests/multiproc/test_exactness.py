@@ -271,7 +271,8 @@ def train(plans: Iterable[Plan], case: Case, workers: Workers) -> Outcome:
     assert engine is not None
     weights = {name: t for layer in engine.state_dict().values() for name, t in layer.items()}
     final = make_batch(case, case.num_steps, extra_rows=3)
-    evaluated, num_targets = engine.evaluate(final)
+    evaluation = engine.evaluate(final)
+    evaluated, num_targets = evaluation.loss, evaluation.num_targets
     assert num_targets == int((final.targets["labels"][:, 1:] != -100).sum())
     logits = engine.forward(final)
     engine.close()
