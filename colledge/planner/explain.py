@@ -52,6 +52,7 @@ def explain(
     reasons += rounding(best, model.precision)
     reasons += _one_machine(best, families, request, costs)
     reasons += limit_sentences(limits, best, pool)
+    reasons += _forwards_only(best, model)
     for name, plan in families.items():
         if name != best.family:
             rival = find_limits(plan, costs, factor, wishes=False)
@@ -87,6 +88,18 @@ def rounding(plan: Plan, precision: Precision | None) -> list[str]:
         f"Activations and their gradients travel between stages in {plan.wire_precision}, as asked: training is not "
         "bit for bit that of one machine."
     ]
+
+
+def _forwards_only(plan: Plan, model: ModelProfile) -> list[str]:
+    """Return which stages have no backward, where any has none."""
+    first = plan.first_backward(model.first_trained)
+    if first == 0:
+        return []
+    if first == plan.num_stages:
+        return ["Nothing trains, so every stage runs forwards only."]
+    stages = f"stages {enumerate_names([str(s) for s in range(first)])} run" if first > 1 else "stage 0 runs"
+    name = model.layers[model.first_trained].name
+    return [f"Nothing trains before {name}, so {stages} forwards only and no gradients travel there."]
 
 
 def _one_machine(

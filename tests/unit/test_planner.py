@@ -468,6 +468,7 @@ def test_a_model_of_which_nothing_trains_gets_a_plan_of_forwards_only() -> None:
         for parts in check_memory(plan, pool, model, 2.0).values():
             assert parts.gradients_bytes == parts.optimizer_state_bytes == parts.activations_bytes == 0
         assert plan.recompute is None
+    assert "Nothing trains, so every stage runs forwards only." in result.reasons
 
 
 def test_a_frozen_prefix_makes_a_pipeline_quicker_by_its_backwards() -> None:
@@ -482,6 +483,11 @@ def test_a_frozen_prefix_makes_a_pipeline_quicker_by_its_backwards() -> None:
     cut_for_it = plan_training(pool, frozen_below(model, 4), request).families["pipeline"]
     assert cut_for_it.stages[0].layers == (0, 5)  # more layers where there is no backward
     assert figures(cut_for_it).step_s < 0.8 * half.step_s
+    small = make_pool(["k", "k"], memory_bytes=[80 * MB, 145 * MB])
+    said = plan_training(small, frozen_below(model, 6), request).reasons
+    assert (
+        "Nothing trains before block.5, so stage 0 runs forwards only and no gradients travel there." in said
+    )
 
 
 def test_unequal_devices_share_unequally() -> None:
