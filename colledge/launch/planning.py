@@ -12,7 +12,7 @@ from rich.text import Text
 
 from colledge.errors import ConfigError
 from colledge.launch.job import OutputFolder
-from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
+from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run, zero_stage
 from colledge.planner import PlanningRequest, PlanningResult, PoolCosts, plan_memory, plan_training
 from colledge.planner.explain import goal, limit_sentences
 from colledge.planner.limits import find_limits
@@ -178,6 +178,8 @@ def request_of(run: RunConfig) -> PlanningRequest:
         deadline_step_s=run.step_limit_s,
         optimizer_state_factor=run.optimizer.state_factor,
         wire_precision=run.wire_precision,
+        zero=zero_stage(run),
+        backend=None if run.backend == "native" else run.backend,
     )
 
 

@@ -113,7 +113,7 @@ def plan_training(
         raise _too_late(search, best, bounds, deadline)
 
     def finish(found: Found) -> Plan:
-        plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
+        plan = search.judge.plan(found.draft)
         return with_prediction(plan.model_copy(update={"wire_precision": request.wire_precision}))
 
     def with_prediction(plan: Plan) -> Plan:
