@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import sys
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,19 @@ CONFIG = LlamaConfig(
 )
 
 
-def stage(layers: tuple[int, int], *replicas: tuple[int, tuple[str, ...]]) -> dict[str, Any]:
+def stage(
+    layers: tuple[int, int], *replicas: tuple[int, tuple[str, ...]], state_shares: tuple[float, ...] = ()
+) -> dict[str, Any]:
     return {
         "layers": layers,
         "replicas": [
-            {"samples": rows, "shards": [{"device": d, "fraction": 1 / len(devices)} for d in devices]}
-            for rows, devices in replicas
+            {
+                "samples": rows,
+                "shards": [
+                    {"device": d, "fraction": 1 / len(devices), "state_share": share} for d in devices
+                ],
+            }
+            for (rows, devices), share in zip_longest(replicas, state_shares)
         ],
     }
 
@@ -66,6 +74,8 @@ class Case:
     microbatch_size: int
     schedule: str = "1f1b"
     recompute: list[bool] | None = None
+    zero: int | None = None
+    backend: str | None = None
 
     def plan(self) -> Plan:
         return Plan.model_validate(
@@ -77,11 +87,14 @@ class Case:
                 "schedule": {"name": self.schedule},
                 "stages": self.stages,
                 "recompute": self.recompute,
+                "zero": self.zero,
+                "backend": self.backend,
             }
         )
 
 
 PIPELINE = [stage((0, 4), (2, ("d0",))), stage((4, 8), (2, ("d1",)))]
+REPLICAS = [stage((0, 8), (1, ("d0",)), (1, ("d1",)))]
 CASES = {
     "single": Case([stage((0, 8), (8, ("d0",)))], 8),
     "data": Case([stage((0, 8), (5, ("d0",)), (3, ("d1",)))], 8),
@@ -90,6 +103,9 @@ CASES = {
     "recompute": Case(PIPELINE, 2, "gpipe", [True, True]),
     "hybrid": Case([stage((0, 4), (2, ("d0",))), stage((4, 8), (2, ("d1", "d2")))], 2, "gpipe"),
     "tensor": Case([stage((0, 8), (4, ("d0", "d1")))], 4),
+    "zero": Case([stage((0, 8), (1, ("d0",)), (1, ("d1",)), state_shares=(0.8, 0.2))], 2, zero=1),
+    "fairscale": Case(REPLICAS, 2, zero=1, backend="fairscale"),
+    **{f"zero-{n}": Case(REPLICAS, 2, zero=n, backend="deepspeed") for n in (1, 2, 3)},
 }
 
 
@@ -105,7 +121,11 @@ def measure(name: str) -> list[dict[str, Any]]:
     )
     facts = {id: DeviceFacts.model_validate(answer.fields["answer"]) for id, answer in answers.items()}
     weights = {n: p.detach() for n, p in AutoModelForCausalLM.from_config(CONFIG).named_parameters()}
-    settings = EngineSettings(optimizer=OptimizerSettings(learning_rate=1e-3))
+    settings = EngineSettings(
+        optimizer=OptimizerSettings(learning_rate=1e-3),
+        backend=plan.backend or "native",
+        deepspeed={"zero_optimization": {"stage": plan.zero}} if plan.backend == "deepspeed" else None,
+    )
     engine = Engine(plan, structure, weights, settings, workers.ranks, workers.wire)
     for _ in range(STEPS):
         ids = torch.randint(CONFIG.vocab_size, (BATCH, SEQUENCE))

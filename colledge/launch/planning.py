@@ -12,7 +12,7 @@ from rich.text import Text
 
 from colledge.errors import ConfigError, PlanError
 from colledge.launch.job import OutputFolder
-from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
+from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run, zero_stage
 from colledge.planner import PlanningRequest, PlanningResult, PoolCosts, plan_memory, plan_training
 from colledge.planner.caching import CachePlan, plan_cache, prefix_layers
 from colledge.planner.explain import goal, limit_sentences
@@ -230,6 +230,8 @@ def request_of(run: RunConfig, layers: tuple[int, int] | None = None) -> Plannin
         optimizer_state_factor=run.optimizer.state_factor,
         wire_precision=run.wire_precision,
         layers=layers,
+        zero=zero_stage(run),
+        backend=None if run.backend == "native" else run.backend,
     )
 
 

@@ -21,10 +21,17 @@ from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
 from colledge.launch.rendezvous import Supervisor
-from colledge.launch.run_config import PoolConfig, RunConfig, load_pool, load_run
+from colledge.launch.run_config import (
+    PoolConfig,
+    RunConfig,
+    load_pool,
+    load_run,
+    read_deepspeed,
+    zero_stage,
+)
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.parallel.backends import check_backend_plan, check_installed
-from colledge.parallel.backends.zero_config import check_config, complete_config, read_config
+from colledge.parallel.backends.zero_config import check_config, complete_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningResult, PoolCosts, check_memory, predict
@@ -105,7 +112,7 @@ def check_backend(run: RunConfig, pool: PoolConfig) -> None:
         return
     check_installed(run.backend)
     if run.deepspeed is not None:
-        check_config(read_config(run.deepspeed), run.optimizer, run.batch.global_size)
+        check_config(read_deepspeed(run.deepspeed), run.optimizer, run.batch.global_size)
     for device in pool.devices:
         if device.accelerator != "cpu" or device.emulate != Emulation():
             what = "emulates a slower one" if device.accelerator == "cpu" else f"is {device.accelerator}"
@@ -202,7 +209,7 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
         result = planning.plan(asked)
         planning.show(planning.make_report(result, asked), console)
         return _fits_disks(Chosen(result.best, result, asked, asked.cache), inputs, console)
-    given = read_plan(plan_path)
+    given = divided(read_plan(plan_path), inputs.run)
     check_plan(given, inputs)
     for line in rounding(given, inputs.run.precision):
         console.print(line)
@@ -252,6 +259,22 @@ def _fits_disks(chosen: Chosen, inputs: Inputs, console: Console) -> Chosen:
         said = caching.disk_sentence(chosen.plan, chosen.cache, inputs.run, inputs.num_rows)
         console.print(said, highlight=False)
     return chosen
+
+
+def divided(plan: Plan, run: RunConfig) -> Plan:
+    """Return a given plan with what the run divides over replicas, equally where the plan does not say how.
+
+    Raises:
+        PlanError: The plan divides something else, or for another backend.
+    """
+    zero, backend = zero_stage(run), run.backend if run.backend != "native" else None
+    if plan.zero is not None and (plan.zero, plan.backend) != (zero, backend):
+        raise PlanError(
+            f"the plan has zero: {plan.zero} for backend {plan.backend or 'native'}, the run has "
+            f"{'no zero' if zero is None else f'zero: {zero}'} for backend {run.backend}.",
+            fix="plan again, take zero and backend out of the plan, or make the run agree.",
+        )
+    return plan.model_copy(update={"zero": zero, "backend": backend})
 
 
 def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
@@ -345,7 +368,7 @@ def training_job(inputs: Inputs, chosen: Chosen, checkpoint: Path | None) -> Job
     run = inputs.run
     check_backend_plan(run.backend, chosen.plan)
     if run.deepspeed is not None:
-        complete_config(read_config(run.deepspeed), run.optimizer, chosen.plan)
+        complete_config(read_deepspeed(run.deepspeed), run.optimizer, chosen.plan)
         if checkpoint is not None:
             raise ConfigError(
                 f"backend deepspeed cannot go on from {checkpoint}: it takes no optimizer state.",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from colledge.errors import ConfigError
 from colledge.plan import Plan
@@ -41,6 +41,7 @@ from colledge.settings import (
     OptimizerSettings,
     Precision,
     WirePrecision,
+    ZeroStage,
 )
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
@@ -95,8 +96,9 @@ class RunConfig(Record):
     `precision`. `checkpoint_every` counts steps; without it only a run that is stopped saves one; `keep_checkpoints` of
     them stay. `evaluate_every` counts steps too: the loss on the validation data, also after the last step. The end
     saves what was trained: with `keep_best` that of the lowest validation loss, whose checkpoint stays. `report_to`
-    writes the figures of metrics.jsonl for a tracker too. `backend` is what trains, `deepspeed` are settings of it.
-    With `activation_cache` what lies below the first adapter is computed once, not in every epoch.
+    writes the figures of metrics.jsonl for a tracker too. `zero: 1` divides the optimizer state over the replicas of a
+    stage. `backend` is what trains, `deepspeed` are settings of it. With `activation_cache` what lies below the first
+    adapter is computed once, not in every epoch.
     """
 
     schema_tag: Literal["colledge/run/1"] = Field(default="colledge/run/1", alias="schema")
@@ -127,6 +129,7 @@ class RunConfig(Record):
     keep_best: bool = False
     early_stopping: EarlyStopping | None = None
     report_to: Tracker = "none"
+    zero: Literal[1] | None = None
     backend: BackendName = "native"
     deepspeed: DeepSpeedSettings | None = None
 
@@ -158,6 +161,14 @@ class RunConfig(Record):
         return self
 
     def _check_backend(self) -> None:
+        if self.zero is not None and self.backend != "native":
+            raise ValueError(
+                f"zero is for backend: native; saw {self.backend}, which divides optimizer state in any case"
+            )
+        if self.zero is not None and self.optimizer.state_factor == 0:
+            raise ValueError(
+                "zero: 1 divides optimizer state, and sgd without momentum has none; take zero out"
+            )
         if (self.deepspeed is not None) != (self.backend == "deepspeed"):
             raise ValueError("backend: deepspeed and deepspeed (such as {zero_stage: 2}) go together")
         if self.backend == "native":
@@ -468,6 +479,52 @@ def _nested_record(annotation: object) -> type[Record] | None:
         if get_origin(candidate) is None and isinstance(candidate, type) and issubclass(candidate, Record):
             return candidate
     return None
+
+
+def read_deepspeed(settings: DeepSpeedSettings) -> dict[str, JsonValue]:
+    """Return the configuration of DeepSpeed that is given, or the one of a ZeRO stage.
+
+    Raises:
+        ConfigError: The file is no JSON object.
+    """
+    path = settings.config
+    if path is None:
+        return {"zero_optimization": {"stage": settings.zero_stage}}
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as fault:
+        raise ConfigError(
+            f"{path}: cannot be read as JSON ({fault}).", fix="mend deepspeed.config."
+        ) from None
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: is no JSON object.", fix="mend deepspeed.config.")
+    return given
+
+
+def zero_stage(run: RunConfig) -> ZeroStage | None:
+    """Return the stage of ZeRO by which a run divides what replicas hold, None for nothing.
+
+    FairScale's is 1: while micro-batches add up, its replicas hold whole gradients.
+
+    Raises:
+        ConfigError: The configuration of DeepSpeed is malformed.
+    """
+    match run.backend:
+        case "native":
+            return run.zero
+        case "fairscale":
+            return 1
+        case "deepspeed":
+            assert run.deepspeed is not None
+            section = read_deepspeed(run.deepspeed).get("zero_optimization")
+            stage = section.get("stage") if isinstance(section, dict) else None
+            for known in get_args(ZeroStage):
+                if stage == known:
+                    found: ZeroStage = known
+                    return found
+            raise ConfigError(
+                f"deepspeed: zero_optimization.stage is {stage!r}, wanted 1, 2 or 3.", fix="set one of them."
+            )
 
 
 SCHEMAS: Mapping[str, type[Record]] = {

@@ -18,13 +18,13 @@ from colledge.launch.caching import fill_caches, numbered
 from colledge.launch.inputs import load_data
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
+from colledge.launch.run_config import read_deepspeed
 from colledge.launch.saved_model import write_adapter, write_model
 from colledge.launch.step_metrics import device_figures, power_modes, step_metrics
 from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
 from colledge.models.lora import StartingValues
 from colledge.parallel import Emulation, Engine, EngineSettings, RouteEstimate, StepRecord, World
-from colledge.parallel.backends.zero_config import read_config
 from colledge.parallel.caching import ActivationCaches
 from colledge.parallel.checkpoint import (
     checkpoint_path,
@@ -291,7 +291,7 @@ def engine_settings(job: Job, plan: Plan, pool: PoolProfile | None) -> EngineSet
         precision=job.run.precision,
         seed=job.run.seed,
         backend=job.run.backend,
-        deepspeed=read_config(deepspeed) if (deepspeed := job.run.deepspeed) else None,
+        deepspeed=read_deepspeed(deepspeed) if (deepspeed := job.run.deepspeed) else None,
         accelerators={id: device.accelerator for id, device in devices.items()},
         threads={id: device.threads for id, device in devices.items() if device.threads is not None},
         emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},

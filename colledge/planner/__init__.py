@@ -115,7 +115,7 @@ def plan_training(
         raise _too_late(search, best, bounds, deadline)
 
     def finish(found: Found) -> Plan:
-        plan = make_plan(found.draft, len(model.layers), request.global_batch_size)
+        plan = search.judge.plan(found.draft)
         again = tuple(plan.recomputes(s, costs.first_trained) for s in range(plan.num_stages))
         changes = {"wire_precision": request.wire_precision, "recompute": again if any(again) else None}
         return with_prediction(plan.model_copy(update=changes))

@@ -389,6 +389,19 @@ class PoolCosts:
         num_bytes = self.sync_bytes(layers, fraction)
         return self.allreduce_s(devices, num_bytes) if num_bytes > 0 else 0.0
 
+    def gather_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
+        """Return the seconds in which shards of that fraction give each other what each has updated, once.
+
+        The native engine does it by an all-reduce; that a library's broadcasts take as long is an estimate.
+        """
+        tied = (
+            shared_bytes(self.model.layers, tie)[1]
+            for tie in self.ties
+            if sum(layers[0] <= layer < layers[1] for layer in tie) == 1  # reduced apart, but updated here
+        )
+        num_bytes = self.sync_bytes(layers, fraction) + sum(tied)
+        return self.allreduce_s(devices, num_bytes) if num_bytes > 0 else 0.0
+
     def tie_s(self, tie: tuple[int, int], devices: tuple[str, ...]) -> float:
         """Return the seconds of the all-reduce of a tied weight's gradient."""
         return self.allreduce_s(devices, shared_bytes(self.model.layers, tie)[1])

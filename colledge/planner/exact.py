@@ -25,8 +25,10 @@ from colledge.planner.bounds import HopBounds, StageBounds, hop_bounds, step_low
 from colledge.planner.draft import Draft, StageDraft
 from colledge.planner.judge import EQUAL, Found, Judge, better
 from colledge.planner.layouts import Group, Layout, compositions, depth_vectors, layouts
+from colledge.planner.memory import Shares
 from colledge.planner.request import Objective
 from colledge.planner.tables import Tables, find_route
+from colledge.schedule import gathers
 
 _MOST_DEVICES = 4
 _MOST_OPTIONS = 20_000  # of one stage
@@ -132,10 +134,12 @@ class Exact:
     # -- skeletons -------------------------------------------------------------------------------------------
 
     def _layouts(self) -> Iterator[Layout]:
-        must_use = set(self.tables.request.must_use)
+        must_use, library = set(self.tables.request.must_use), self.tables.request.backend is not None
         for layout in layouts(
             self.devices, self.tables.units, self.classes, every_order=not self._links_alike()
         ):
+            if library and (len(layout) > 1 or len(layout[0][0]) > 1):
+                continue  # it knows data parallelism alone
             used = {device for group in layout for replica in group for device in replica}
             if must_use <= used and len(layout) <= self.tables.num_layers and self._joined(layout):
                 yield layout
@@ -349,13 +353,20 @@ class Exact:
                 latency_s, bandwidth = self.costs.ring(tuple(replica[k] for replica in group))
                 one = 2 * (n - 1) * latency_s + 2 * (n - 1) / n * num_bytes[:, k] / bandwidth
                 sync[:, k] = np.where(num_bytes[:, k] > 0, one, 0.0)
-        tail = sync.max(axis=1) + own_u.max(axis=(1, 2))
+        zero = tables.request.zero if n > 1 else None
+        update_s, shared_joules = own_u.max(axis=(1, 2)), 0.0
+        if zero is not None:  # one update shared out, whatever the shares are, and an exchange of its results
+            with np.errstate(divide="ignore"):
+                update_s = (1 / (1 / own_u).sum(axis=1)).max(axis=1)
+            shared_joules = (options.compute_w * own_u).min(axis=1).sum(axis=1)
+            own_u = np.zeros_like(own_u)
+            sync = (1 + gathers(zero, count)) * sync
+        tail = sync.max(axis=1) + update_s
         holders = [[tables.pool.device(device) for device in replica] for replica in group]
         room = np.array([[float(device.room_bytes) for device in replica] for replica in holders])
         overheads = np.array([[device.allocator_overhead for device in replica] for replica in holders])
-        share = options.units[:, None, :]
-        needed = tables.memory.least_bytes((start, stop), share, options.rows[:, :, None], overheads)
-        busy = np.where((needed > room + 1).any(axis=(1, 2)), np.inf, busy)
+        lacking = self._lacking((start, stop), options, room, overheads)
+        busy = np.where(lacking, np.inf, busy)
         if stop <= self.costs.first_trained:  # no backward, so recomputation would be the same plan again
             busy = np.where([option.recompute for option in options.options], np.inf, busy)
         dynamic = options.compute_w * (count * (own_f + own_b) + own_u)
@@ -367,11 +378,26 @@ class Exact:
             backward_min_s=np.where(works, backward, np.inf).min(axis=1),
             busy_s=busy,
             tail_s=tail,
-            dynamic_joules=dynamic.sum(axis=(1, 2)),
+            dynamic_joules=dynamic.sum(axis=(1, 2)) + shared_joules,
         )
         watts = options.floor_w.sum(axis=(1, 2))
         floor = tuple(float(getattr(arrays, name).min()) for name in StageBounds.__annotations__)
         return _Stage(arrays, watts, floor, float(watts.min()))
+
+    def _lacking(
+        self, layers: tuple[int, int], options: _Options, room: Array, overheads: Array
+    ) -> npt.NDArray[np.bool_]:
+        """Return which options memory cannot hold under any schedule."""
+        memory, request, n = self.tables.memory, self.tables.request, options.rows.shape[1]
+        fractions, rows = options.units[:, None, :], options.rows[:, :, None]
+        shares = memory.equal_shares(n)
+        divides = request.zero is not None and request.backend is None and n > 1
+        if divides:  # unequally: together the replicas must have room for all of it
+            shares = Shares(optimizer_state=0.0)
+        spare = room + 1 - memory.least_bytes(layers, fractions, rows, overheads, shares)
+        together = memory.state_bytes(layers, options.units) if divides else np.zeros_like(options.units)
+        fits: npt.NDArray[np.bool_] = (spare >= 0).all(axis=1) & (spare.sum(axis=1) >= together)
+        return np.logical_not(fits.all(axis=1))
 
     # -- drafts ----------------------------------------------------------------------------------------------
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from math import inf
 
 from colledge.errors import ConfigError
+from colledge.plan import Plan, Stage
 from colledge.planner.bounds import HopBounds, StageBounds, hop_bounds, step_lower_bound
 from colledge.planner.cost import PoolCosts
 from colledge.planner.draft import Draft, StageDraft, make_plan, make_stage
 from colledge.planner.layouts import Group
-from colledge.planner.memory import Load, MemoryModel
+from colledge.planner.memory import MemoryModel
 from colledge.planner.request import Family, Objective, PlanningRequest
 from colledge.profiles import PowerMode
-from colledge.schedule import simulate
+from colledge.schedule import gathers, simulate
 
 _SHARED_MEDIUM = 3  # sends in order of time take so much longer to simulate
 _WORTH_BOUNDING = 200  # simulated actions
@@ -51,7 +53,7 @@ class Judge:
     def __init__(self, costs: PoolCosts, request: PlanningRequest) -> None:
         self.costs, self.request = costs, request
         self.pool, self.model = costs.pool, costs.model
-        self.memory = MemoryModel(costs.model, request.optimizer_state_factor)
+        self.memory = MemoryModel(costs.model, request.optimizer_state_factor, request.zero, request.backend)
         self.must_use = frozenset(request.must_use)
         self._frontiers: dict[Family, list[Found]] = {}
         self.num_simulated = 0
@@ -66,6 +68,7 @@ class Judge:
         self._idle_w = sum(device.modes[0].idle_w for device in costs.pool.devices)
         self._stage_bound = lru_cache(maxsize=100_000)(self._stage_bounds)
         self._hop_bound = lru_cache(maxsize=10_000)(self._hop_bounds)
+        self._stage = lru_cache(maxsize=20_000)(self._make_stage)
 
     def num_microbatches(self, draft: Draft) -> int:
         """Return the micro-batches in a step."""
@@ -81,14 +84,24 @@ class Judge:
 
     def lacks(self, stage: StageDraft, depth: int) -> list[tuple[str, int]]:
         """Return each device of a stage with the bytes it lacks (negative: to spare)."""
-        total, found = sum(stage.units), []
-        for rows, replica in zip(stage.samples, stage.group, strict=True):
-            for device, units in zip(replica, stage.units, strict=True):
-                profile = self._devices[device]
-                load = Load(stage.layers, units / total, rows, depth, stage.recompute)
-                needed = self.memory.parts(load, profile).total_bytes
-                found.append((device, needed - profile.memory_bytes))
+        found = []
+        for device, load in self.memory.loads(self._stage(stage, depth), depth, stage.recompute):
+            profile = self._devices[device]
+            needed = self.memory.parts(load, profile).total_bytes
+            found.append((device, needed - profile.memory_bytes))
         return found
+
+    def plan(self, draft: Draft) -> Plan:
+        """Return the plan of a draft, unchecked and without a prediction."""
+        plan = make_plan(draft, len(self.model.layers), self.request.global_batch_size)
+        request = self.request
+        if request.zero is None:
+            return plan
+        stages = tuple(map(self._stage, draft.stages, draft.depths))
+        return plan.model_copy(update={"stages": stages, "zero": request.zero, "backend": request.backend})
+
+    def _make_stage(self, draft: StageDraft, depth: int) -> Stage:
+        return self.memory.divided_stage(make_stage(draft), depth, draft.recompute, self.pool)
 
     def worth_judging(self, draft: Draft, best: Score, objective: Objective) -> bool:
         """Return whether a draft's lower bound leaves a chance that it is better; small drafts are simply judged."""
@@ -118,38 +131,46 @@ class Judge:
         """Return the bounds of a stage, and the watts that its devices draw at least."""
         total, several = sum(stage.units), len(stage.group) > 1
         recompute = stage.recompute and stage.layers[1] > self.costs.first_trained
-        forwards, backwards, updates = [], [], [0.0]
+        zero = self.request.zero if several else None
+        forwards, backwards = [], []
+        updates: list[list[tuple[float, float]]] = [[] for _ in stage.units]  # of a shard's replicas: s, J
         watts = joules = 0.0
         for devices, replica in zip(stage.group, make_stage(stage).replicas, strict=True):
             rows, slow_f, slow_b = replica.samples, 0.0, 0.0
-            for shard in replica.shards:
+            for k, shard in enumerate(replica.shards):
                 power = self._modes[shard.device][shard.mode]
                 forward, backward = self.costs.compute_s(stage.layers, shard, rows)
                 update = self.costs.update_s(stage.layers, shard)
                 if recompute:
                     backward += forward
                 slow_f, slow_b = max(slow_f, forward), max(slow_b, backward)
-                updates.append(update)
                 floor = min(power.idle_w, power.compute_w, power.communicate_w)
                 watts += floor
-                joules += (power.compute_w - floor) * (count * (forward + backward) + update)
+                own = update if zero is None else 0.0
+                joules += (power.compute_w - floor) * (count * (forward + backward) + own)
+                updates[k].append((update, (power.compute_w - floor) * update))
             reduce_f, reduce_b = self.costs.inner_allreduce_s(stage.layers, devices, rows)
             if recompute:
                 reduce_b += reduce_f
             if rows:
                 forwards.append(slow_f + reduce_f)
                 backwards.append(slow_b + reduce_b)
-        sync = 0.0
+        tail = max(update for replicas in updates for update, _ in replicas)
+        rings = [tuple(replica[k] for replica in stage.group) for k in range(len(stage.units))]
+        parts = [(stage.layers, ring, u / total) for ring, u in zip(rings, stage.units, strict=True)]
+        if zero is not None:
+            least = [_least_update(replicas) for replicas in updates]
+            gather = max(self.costs.gather_s(*part) for part in parts)
+            tail = max(seconds for seconds, _ in least) + gathers(zero, count) * gather
+            joules += sum(least_joules for _, least_joules in least)
         if several:
-            for k, units in enumerate(stage.units):
-                ring = tuple(replica[k] for replica in stage.group)
-                sync = max(sync, self.costs.sync_s(stage.layers, ring, units / total))
+            tail += max(self.costs.sync_s(*part) for part in parts)
         numbers = (
             min(forwards),
             max(forwards),
             min(backwards),
             max(f + b for f, b in zip(forwards, backwards, strict=True)),
-            sync + max(updates),
+            tail,
             joules,
         )
         return StageBounds(*numbers), watts
@@ -161,13 +182,13 @@ class Judge:
     def judge(self, draft: Draft) -> Found | None:
         """Return a draft's figures, or None where it cannot be.
 
-        It cannot where a device lacks memory, two devices that have to talk are not joined, or one that must be used
-        has no rows.
+        It cannot where a device lacks memory, two devices that have to talk are not joined, one that must be used has
+        no rows, or the library that trains does not run such plans.
         """
         if draft in self._known:
             return self._known[draft]
         found = None
-        if all(map(self.fits, draft.stages, draft.depths)) and self._uses_what_it_must(draft):
+        if self._may_run(draft):
             found = self._simulate(draft)
         if found is not None:
             self._enter_frontier(found)
@@ -176,12 +197,17 @@ class Judge:
 
     def estimate(self, draft: Draft) -> Found | None:
         """Return a draft with its bounds for figures, much quicker than `judge`; it enters no frontier."""
-        if not all(map(self.fits, draft.stages, draft.depths)) or not self._uses_what_it_must(draft):
+        if not self._may_run(draft):
             return None
         try:
             return Found(draft, *self.bound(draft))
         except ConfigError:  # as in `_simulate`
             return None
+
+    def _may_run(self, draft: Draft) -> bool:
+        if not all(map(self.fits, draft.stages, draft.depths)) or not self._uses_what_it_must(draft):
+            return False
+        return self.request.backend is None or self.plan(draft).beyond_data_parallelism() is None
 
     def _uses_what_it_must(self, draft: Draft) -> bool:
         if not self.must_use:
@@ -196,7 +222,7 @@ class Judge:
         return self.must_use <= working
 
     def _simulate(self, draft: Draft) -> Found | None:
-        plan = make_plan(draft, len(self.model.layers), self.request.global_batch_size)
+        plan = self.plan(draft)
         try:
             timeline = simulate(plan, self.costs)
         except ConfigError:  # two devices that would have to talk are not joined; times were checked before
@@ -281,6 +307,16 @@ class Judge:
             if best is None or better(self.score(found, objective), self.score(best, objective)):
                 best = found
         return best
+
+
+def _least_update(replicas: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Return the least seconds and joules of one update that replicas share out, whatever their shares.
+
+    Args:
+        replicas: The seconds and joules of each for all of it.
+    """
+    rates = [1 / seconds if seconds > 0 else inf for seconds, _ in replicas]
+    return 1 / sum(rates), min(joules for _, joules in replicas)
 
 
 def _unbeaten(points: Sequence[Found], other: Found) -> list[Found]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import numpy as np
 
 from colledge.arrays import Array
 from colledge.errors import OutOfMemoryError
-from colledge.plan import Plan
+from colledge.plan import Plan, Stage
 from colledge.planner.cost import find_ties, shared_bytes
 from colledge.profiles import DeviceProfile, ModelProfile, PoolProfile
+from colledge.settings import LibraryName, ZeroStage
 from colledge.units import format_bytes
 
 _Number = TypeVar("_Number", float, Array)
@@ -75,6 +76,18 @@ class _SpanBytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Shares:
+    """The parts of a shard's parameters, gradients and optimizer state that one of its replicas holds."""
+
+    parameters: float = 1.0
+    gradients: float = 1.0
+    optimizer_state: float = 1.0
+
+
+WHOLE = Shares()
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What a stage asks of one of its devices."""
 
@@ -83,29 +96,48 @@ class Load:
     samples: int
     in_flight: int
     recompute: bool
+    shares: Shares = WHOLE
 
 
 class MemoryModel:
-    """Answers how many bytes a load needs, for one model and optimizer."""
+    """Answers how many bytes a load needs, for one model and optimizer.
 
-    def __init__(self, model: ModelProfile, optimizer_state_factor: float) -> None:
+    Args:
+        model: The layers.
+        optimizer_state_factor: Bytes of optimizer state for each byte that trains.
+        zero: The stage of ZeRO by which the replicas of a stage divide what they hold, or None.
+        backend: The library that does it; None is the native engine.
+    """
+
+    def __init__(
+        self,
+        model: ModelProfile,
+        optimizer_state_factor: float,
+        zero: ZeroStage | None = None,
+        backend: LibraryName | None = None,
+    ) -> None:
         self._layers, self._first_trained = model.layers, model.first_trained
         self._saved_bytes, self._workspace_bytes = _activations(model)
         self._ties = find_ties(model.layers)
-        self._factor = optimizer_state_factor
+        self._zero, self._backend = zero, backend
+        self._factor = state_factor(optimizer_state_factor, backend)
         self._spans: dict[tuple[int, int], _SpanBytes] = {}
 
     def parts(self, load: Load, device: DeviceProfile) -> MemoryParts:
         """Return the parts of a load."""
-        span, fraction, samples = self._span(load.layers), load.fraction, load.samples
+        span, fraction, samples, shares = self._span(load.layers), load.fraction, load.samples, load.shares
         trainable = _share(span.trainable, fraction)
         in_flight = span.in_flight(load.in_flight)
         kept = samples * _kept(_share(span.saved, fraction), span.input_bytes, in_flight, load.recompute)
         workspace = _largest(span.gradient, fraction) + samples * _largest(span.workspace, fraction)
+        state = self._factor * (shares.optimizer_state * trainable)
+        if shares is not WHOLE:
+            workspace += self._gathered_bytes(load)
+            state += self._uneven_bytes(span, shares)
         return MemoryParts(
-            parameters_bytes=_share(span.parameters, fraction),
-            gradients_bytes=trainable,
-            optimizer_state_bytes=self._factor * trainable,
+            parameters_bytes=shares.parameters * _share(span.parameters, fraction),
+            gradients_bytes=shares.gradients * trainable,
+            optimizer_state_bytes=state,
             activations_bytes=kept,
             workspace_bytes=workspace,
             allocator_bytes=device.allocator_overhead * (kept + workspace),
@@ -114,7 +146,13 @@ class MemoryModel:
         )
 
     def most_samples(
-        self, device: DeviceProfile, layers: tuple[int, int], fraction: float, in_flight: int, recompute: bool
+        self,
+        device: DeviceProfile,
+        layers: tuple[int, int],
+        fraction: float,
+        in_flight: int,
+        recompute: bool,
+        shares: Shares = WHOLE,
     ) -> float:
         """Return the most samples that fit on a device, rounded down; negative where not even the weights fit."""
         span = self._span(layers)
@@ -122,22 +160,116 @@ class MemoryModel:
         kept = _kept(_share(span.saved, fraction), span.input_bytes, span.in_flight(in_flight), recompute)
         each = grow * (kept + _largest(span.workspace, fraction))
         each += span.wire_bytes(in_flight)
-        static = self.static_bytes(layers, fraction) + grow * _largest(span.gradient, fraction)
+        static = self.static_bytes(layers, fraction, shares) + grow * _largest(span.gradient, fraction)
         return float((device.room_bytes - static) // max(each, _LEAST_BYTES))
 
-    def static_bytes(self, layers: tuple[int, int], fraction: _Number) -> _Number:
+    def static_bytes(self, layers: tuple[int, int], fraction: _Number, shares: Shares = WHOLE) -> _Number:
         """Return the bytes of parameters, gradients and optimizer state; of fractions in an array, an array."""
         span = self._span(layers)
-        return _share(span.parameters, fraction) + (1 + self._factor) * _share(span.trainable, fraction)
+        weights = shares.parameters * _share(span.parameters, fraction)
+        return weights + (shares.gradients + shares.optimizer_state * self._factor) * _share(
+            span.trainable, fraction
+        )
+
+    def state_bytes(self, layers: tuple[int, int], fraction: _Number) -> _Number:
+        """Return the bytes of optimizer state of a shard; of fractions in an array, an array."""
+        return self._factor * _share(self._span(layers).trainable, fraction)
+
+    def _gathered_bytes(self, load: Load) -> float:
+        """Return the bytes of the largest layer, which ZeRO stage 3 makes whole to compute it."""
+        if load.shares.parameters == 1:
+            return 0.0
+        return max(float(self._layers[i].parameter_bytes) for i in range(*load.layers))
+
+    def _uneven_bytes(self, span: _SpanBytes, shares: Shares) -> float:
+        """Return what FairScale's replica of most state may hold beyond an equal part: its parts are whole weights."""
+        if self._backend != "fairscale":
+            return 0.0
+        return self._factor * (1 - shares.optimizer_state) * max(span.gradient)
+
+    def equal_shares(self, num_replicas: int) -> Shares:
+        """Return what each of some replicas holds where they divide it equally."""
+        if self._zero is None or num_replicas == 1:
+            return WHOLE
+        part = 1 / num_replicas
+        return Shares(part if self._zero == 3 else 1.0, part if self._zero > 1 else 1.0, part)
+
+    def rough_shares(self, rooms: Sequence[int]) -> list[Shares]:
+        """Return about what each replica will hold, by the bytes of room that it has."""
+        equal, total = self.equal_shares(len(rooms)), max(1, sum(rooms))
+        if equal is WHOLE or self._backend is not None:
+            return [equal] * len(rooms)
+        return [Shares(optimizer_state=max(0, room) / total) for room in rooms]
+
+    def divided(self, plan: Plan, pool: PoolProfile) -> Plan:
+        """Return a plan with `state_share`, where the native engine divides optimizer state.
+
+        The shares are in proportion to the memory that each replica has left for it, so they fit if any do.
+        """
+        depths = plan.warmup_depths()
+        stages = (
+            self.divided_stage(stage, depths[s], plan.recomputes(s), pool)
+            for s, stage in enumerate(plan.stages)
+        )
+        return plan.model_copy(update={"stages": tuple(stages)})
+
+    def divided_stage(self, stage: Stage, in_flight: int, recompute: bool, pool: PoolProfile) -> Stage:
+        """Return one stage so."""
+        if self._zero is None or self._backend is not None or len(stage.replicas) == 1:
+            return stage
+        shares = []
+        for k, fraction in enumerate(stage.replicas[0].fractions):
+            free = []
+            for replica in stage.replicas:
+                load = Load(
+                    stage.layers, fraction, replica.samples, in_flight, recompute, Shares(optimizer_state=0.0)
+                )
+                device = pool.device(replica.shards[k].device)
+                free.append(max(0, device.memory_bytes - self.parts(load, device).total_bytes))
+            total = sum(free)
+            shares.append([room / total if total else 1 / len(free) for room in free])
+        return stage.model_copy(
+            update={
+                "replicas": tuple(
+                    replica.model_copy(
+                        update={
+                            "shards": tuple(
+                                shard.model_copy(update={"state_share": shares[k][r]})
+                                for k, shard in enumerate(replica.shards)
+                            )
+                        }
+                    )
+                    for r, replica in enumerate(stage.replicas)
+                )
+            }
+        )
+
+    def loads(self, stage: Stage, in_flight: int, recompute: bool) -> Iterator[tuple[str, Load]]:
+        """Yield the devices of a stage and what it asks of each."""
+        equal = self.equal_shares(len(stage.replicas))
+        for replica in stage.replicas:
+            for shard in replica.shards:
+                shares = equal
+                if equal is not WHOLE and shard.state_share is not None:
+                    shares = replace(equal, optimizer_state=shard.state_share)
+                yield (
+                    shard.device,
+                    Load(stage.layers, shard.fraction, replica.samples, in_flight, recompute, shares),
+                )
 
     def least_bytes(
-        self, layers: tuple[int, int], fractions: Array, samples: Array, overheads: Array
+        self,
+        layers: tuple[int, int],
+        fractions: Array,
+        samples: Array,
+        overheads: Array,
+        shares: Shares = WHOLE,
     ) -> Array:
         """Return the bytes that any schedule needs, without the runtime, for arrays of loads and allocators."""
         span = self._span(layers)
         gradient, workspace = (np.maximum(fractions * a, b) for a, b in (span.gradient, span.workspace))
         kept = samples * (_share(span.saved, fractions) + workspace) + gradient
-        total: Array = self.static_bytes(layers, fractions) + (1 + overheads) * kept
+        total: Array = self.static_bytes(layers, fractions, shares) + (1 + overheads) * kept
         return total
 
     def _span(self, layers: tuple[int, int]) -> _SpanBytes:
@@ -194,16 +326,20 @@ class SpanMemory:
     Args:
         model: The layers.
         optimizer_state_factor: Bytes of optimizer state for each byte that trains.
+        backend: The library that trains; None is the native engine.
     """
 
-    def __init__(self, model: ModelProfile, optimizer_state_factor: float) -> None:
-        layers, factor = model.layers, 1 + optimizer_state_factor
-        self.static = _sums(
-            [layer.parameter_bytes + factor * layer.trainable_parameter_bytes for layer in layers]
-        )
+    def __init__(
+        self, model: ModelProfile, optimizer_state_factor: float, backend: LibraryName | None = None
+    ) -> None:
+        layers = model.layers
+        self._factor = state_factor(optimizer_state_factor, backend)
+        self._parameters = _sums([layer.parameter_bytes for layer in layers])
+        self._trainable = _sums([layer.trainable_parameter_bytes for layer in layers])
         for a, b in find_ties(layers):
             shared, trained = shared_bytes(layers, (a, b))
-            self.static[: a + 1, b + 1 :] -= shared + factor * trained  # held once where a span has both ends
+            self._parameters[: a + 1, b + 1 :] -= shared  # held once where a span has both ends
+            self._trainable[: a + 1, b + 1 :] -= trained
         saved, workspace = _activations(model)
         self._saved, self._workspace = _sums(saved), _maxima(workspace)
         self._gradient = _maxima([layer.largest_gradient_bytes for layer in layers])
@@ -212,21 +348,29 @@ class SpanMemory:
         trains = (np.arange(len(border)) > model.first_trained).astype(float)
         self._returned, self._has_backward = self._input * trains[:, None], trains[None, :]
 
-    def total_bytes(self, overhead: float, samples: int, in_flight: int, recompute: bool) -> Array:
+    def _static(self, shares: Shares) -> Array:
+        trained = (shares.gradients + shares.optimizer_state * self._factor) * self._trainable
+        static: Array = shares.parameters * self._parameters + trained
+        return static
+
+    def total_bytes(
+        self, overhead: float, samples: int, in_flight: int, recompute: bool, shares: Shares = WHOLE
+    ) -> Array:
         """Return the bytes of so many samples, without the runtime, with an allocator's overhead."""
         kept = samples * self._kept(in_flight, recompute)
         workspace = self._gradient + samples * self._workspace
         wire = samples * self._wire(in_flight)
-        total: Array = self.static + (1 + overhead) * (kept + workspace) + wire
+        total: Array = self._static(shares) + (1 + overhead) * (kept + workspace) + wire
         return total
 
-    def most_samples(self, room_bytes: float, overhead: float, in_flight: int, recompute: bool) -> Array:
+    def most_samples(
+        self, room_bytes: float, overhead: float, in_flight: int, recompute: bool, shares: Shares = WHOLE
+    ) -> Array:
         """Return the most samples that fit into the room, rounded down; negative where not even the weights fit."""
         grow = 1 + overhead
         each = grow * (self._kept(in_flight, recompute) + self._workspace) + self._wire(in_flight)
-        fitting: Array = (float(room_bytes) - self.static - grow * self._gradient) // np.maximum(
-            each, _LEAST_BYTES
-        )
+        left = float(room_bytes) - self._static(shares) - grow * self._gradient
+        fitting: Array = left // np.maximum(each, _LEAST_BYTES)
         return fitting
 
     def _kept(self, in_flight: int, recompute: bool) -> Array:
@@ -249,6 +393,11 @@ def _activations(model: ModelProfile) -> tuple[list[int], list[int]]:
         kept.append(saved if index >= first_trained else 0)
         workspace.append(layer.workspace_bytes_per_sample + saved - kept[-1])
     return kept, workspace
+
+
+def state_factor(optimizer_state_factor: float, backend: LibraryName | None) -> float:
+    """Return the bytes held for each byte that trains where it is updated: DeepSpeed keeps a copy of the values too."""
+    return optimizer_state_factor + (1 if backend == "deepspeed" else 0)
 
 
 def _share(sizes: tuple[int, int], fraction: _Number) -> _Number:
@@ -288,20 +437,13 @@ def plan_memory(
     plan: Plan, pool: PoolProfile, model: ModelProfile, optimizer_state_factor: float
 ) -> dict[str, MemoryParts]:
     """Return what each device of a plan holds, part by part."""
-    memory = MemoryModel(model.part(plan.layer_range), optimizer_state_factor)
-    plan, depths = plan.alone(), plan.warmup_depths()
-    parts = {}
-    for place in plan.places():
-        stage = plan.stages[place.stage_index]
-        load = Load(
-            layers=stage.layers,
-            fraction=place.shard.fraction,
-            samples=stage.replicas[place.replica_index].samples,
-            in_flight=depths[place.stage_index],
-            recompute=plan.recomputes(place.stage_index),
-        )
-        parts[place.shard.device] = memory.parts(load, pool.device(place.shard.device))
-    return parts
+    memory = MemoryModel(model.part(plan.layer_range), optimizer_state_factor, plan.zero, plan.backend)
+    plan = plan.alone()
+    return {
+        device: memory.parts(load, pool.device(device))
+        for s, (stage, depth) in enumerate(zip(plan.stages, plan.warmup_depths(), strict=True))
+        for device, load in memory.loads(stage, depth, plan.recomputes(s))
+    }
 
 
 def check_memory(

@@ -413,10 +413,11 @@ class Moves:
         shape = (self.tables.num_layers + 1,) * 2
         fitting = np.ones(shape, dtype=bool)
         if len(stage.units) == 1:
-            for (device,), rows in set(zip(stage.group, stage.samples, strict=True)):
+            all_shares = self.tables.rough_shares([device for (device,) in stage.group])
+            for (device,), rows, shares in set(zip(stage.group, stage.samples, all_shares, strict=True)):
                 profile = self.tables.pool.device(device)
                 held = self.tables.rows_of_spans(
-                    profile.room_bytes, profile.allocator_overhead, depth, stage.recompute
+                    profile.room_bytes, profile.allocator_overhead, depth, stage.recompute, shares
                 )
                 fitting &= held >= rows
         return fitting

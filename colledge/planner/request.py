@@ -8,7 +8,7 @@ from pydantic import Field
 
 from colledge.plan import Plan
 from colledge.records import Record
-from colledge.settings import WirePrecision
+from colledge.settings import LibraryName, WirePrecision, ZeroStage
 
 Objective = Literal["energy", "time", "energy-delay"]
 Accounting = Literal["whole-pool", "marginal"]
@@ -26,6 +26,8 @@ class PlanningRequest(Record):
     computations, so those that nobody waits for are slowed down (`planner.pace`). `wire_precision` is that of
     messages between stages; only who asks gets another one than that of computing, since training is not exact then.
     `layers` is the half-open range of layers to plan for; None is all of them.
+    `zero` is the stage of ZeRO by which the replicas of a stage divide what they hold, `backend` the library that
+    trains, None the native engine; a library gets only plans that it can run.
     """
 
     global_batch_size: int = Field(ge=1, le=1_000_000)
@@ -38,6 +40,8 @@ class PlanningRequest(Record):
     switch_modes: bool = False
     wire_precision: WirePrecision | None = None
     layers: tuple[int, int] | None = None
+    zero: ZeroStage | None = None
+    backend: LibraryName | None = None
 
 
 class PlanBounds(Record):

@@ -219,6 +219,11 @@ class Search:
                     stage = fill_rows(self.tables, whole, group[:1], [mode], size, 1)
                     if stage is not None:
                         yield make_draft(size, (stage,), self.request.global_batch_size // size)
+        if self.request.backend is not None:
+            by_speed = sorted(self.devices, key=self._whole_s)
+            for count in range(2, len(by_speed) + 1):
+                yield from self._pipelines_over([by_speed[:count]])
+            return
         yield from self._pipelines()
         marginal = self.request.accounting == "marginal"
         sweep = Sweep(self.tables, self._merged(list(members.values())), marginal)

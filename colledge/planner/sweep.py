@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from colledge.arrays import Array
 from colledge.planner.draft import Draft, StageDraft, make_draft
+from colledge.planner.memory import Shares
 from colledge.planner.tables import Tables, find_route
 
 Whole = npt.NDArray[np.int64]
@@ -348,7 +349,10 @@ def fill_rows(
     that gets no rows is left out. Recomputation is used where memory needs it. None if memory cannot hold the rows.
     """
     for recompute in (False, True):
-        most = [min(m, tables.memory_rows(device, layers, depth, 1.0, recompute)) for device in devices]
+        most = [
+            min(m, tables.memory_rows(device, layers, depth, 1.0, recompute, shares))
+            for device, shares in zip(devices, tables.rough_shares(devices), strict=True)
+        ]
         if sum(max(0, rows) for rows in most) < m:
             continue
         rows = None
@@ -384,14 +388,14 @@ def fitted_pipeline(tables: Tables, groups: Sequence[Sequence[str]], m: int, cou
         depth = min(len(groups) - s, count)
         each = {device: tables.busy_s(device, None, whole, 1, 1.0) for device in group}
         rows, rows_again = (np.zeros((tables.num_layers + 1,) * 2) for _ in range(2))
-        alike: dict[tuple[int, float], int] = {}
-        for device in group:
+        alike: dict[tuple[int, float, Shares], int] = {}
+        for device, shares in zip(group, tables.rough_shares(group), strict=True):
             profile = tables.pool.device(device)
-            key = profile.room_bytes, profile.allocator_overhead
+            key = profile.room_bytes, profile.allocator_overhead, shares
             alike[key] = alike.get(key, 0) + 1
-        for key, number in alike.items():
-            rows += number * np.maximum(tables.rows_of_spans(*key, depth, False), 0.0)
-            rows_again += number * np.maximum(tables.rows_of_spans(*key, depth, True), 0.0)
+        for (room, overhead, shares), number in alike.items():
+            rows += number * np.maximum(tables.rows_of_spans(room, overhead, depth, False, shares), 0.0)
+            rows_again += number * np.maximum(tables.rows_of_spans(room, overhead, depth, True, shares), 0.0)
         rate = sum(1.0 / max(second, 1e-12) for second in each.values())
         seconds = m * (weight[None, :] - weight[:, None]) / max(weight[-1], 1e-12) / rate
         seconds = np.where(rows >= m, seconds, np.where(rows_again >= m, _RECOMPUTING * seconds, np.inf))

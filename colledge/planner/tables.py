@@ -16,7 +16,7 @@ from colledge.errors import ConfigError
 from colledge.planner.cost import PoolCosts, shared_bytes
 from colledge.planner.draft import StageDraft
 from colledge.planner.layouts import Group
-from colledge.planner.memory import MemoryModel, SpanMemory
+from colledge.planner.memory import WHOLE, MemoryModel, Shares, SpanMemory
 from colledge.planner.request import PlanningRequest
 from colledge.profiles import PowerMode, Route
 
@@ -90,8 +90,9 @@ class Tables:
         self._bytes()
         self._devices = {device.id: device for device in self.pool.devices}
         self.modes = lru_cache(maxsize=None)(self._modes)
-        self.memory = MemoryModel(self.model, request.optimizer_state_factor)
-        self._spans = SpanMemory(self.model, request.optimizer_state_factor)
+        factor = request.optimizer_state_factor
+        self.memory = MemoryModel(self.model, factor, request.zero, request.backend)
+        self._spans = SpanMemory(self.model, factor, request.backend)
         self.rows_of_spans = lru_cache(maxsize=256)(self._span_rows)
 
     def _bytes(self) -> None:
@@ -144,18 +145,31 @@ class Tables:
         )
         return slowest + sum(self.costs.inner_allreduce_s(stage.layers, replica, rows))
 
+    def rough_shares(self, devices: Sequence[str]) -> list[Shares]:
+        """Return about what each replica of a stage on these devices will hold of it."""
+        return self.memory.rough_shares([self._devices[device].room_bytes for device in devices])
+
     def memory_rows(
-        self, device: str, layers: tuple[int, int], depth: int, fraction: float, recompute: bool
+        self,
+        device: str,
+        layers: tuple[int, int],
+        depth: int,
+        fraction: float,
+        recompute: bool,
+        shares: Shares = WHOLE,
     ) -> int:
         """Return the most rows of a micro-batch that a device can hold, at least 0; -1 if not even the weights fit."""
         profile = self._devices[device]
-        fitting = self.memory.most_samples(profile, layers, fraction, depth, recompute)
+        fitting = self.memory.most_samples(profile, layers, fraction, depth, recompute, shares)
         return int(max(-1, min(MOST_ROWS, fitting)))
 
-    def _span_rows(self, room_bytes: int, overhead: float, depth: int, recompute: bool) -> Array:
+    def _span_rows(
+        self, room_bytes: int, overhead: float, depth: int, recompute: bool, shares: Shares = WHOLE
+    ) -> Array:
         """Return `memory_rows` of unsharded devices with so much room, for every span, [start, stop]; empty: -1."""
         empty = np.tri(self.num_layers + 1, dtype=bool)
-        rows: Array = np.clip(self._spans.most_samples(room_bytes, overhead, depth, recompute), -1, MOST_ROWS)
+        most = self._spans.most_samples(room_bytes, overhead, depth, recompute, shares)
+        rows: Array = np.clip(most, -1, MOST_ROWS)
         return np.where(empty, -1.0, rows)
 
     def span_rows(self, device: str, depth: int, recompute: bool) -> Array:

@@ -3,7 +3,7 @@
 from colledge.schedule.action import Action, ActionKind
 from colledge.schedule.generate import compute_order
 from colledge.schedule.lower import Schedule, has_backwards, lower, plan_schedule
-from colledge.schedule.simulate import Costs, DeviceTimes, Span, Timeline, Transfer, simulate
+from colledge.schedule.simulate import Costs, DeviceTimes, Span, Timeline, Transfer, gathers, simulate
 from colledge.schedule.validate import validate
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Timeline",
     "Transfer",
     "compute_order",
+    "gathers",
     "has_backwards",
     "lower",
     "plan_schedule",

@@ -4,7 +4,8 @@ The acting entity is a replica; its shards move in lock-step. A computation take
 plus the all-reduces inside it. A send never waits: each message enters the queue of its medium (a directed link,
 or a segment that several devices share), holds it for bytes / bandwidth, and arrives a latency later. A receive
 waits for every message of its micro-batch. At the end a stage's replicas all-reduce their gradients, stages
-that share a tied weight all-reduce that, and every shard updates.
+that share a tied weight all-reduce that, and every shard updates. Replicas that divide what they update (ZeRO) then
+give each other their parts.
 
     stage 0  F0 F1 B0 .... sends F0 ──medium──> stage 1 waits for all rows of F0 ...  SYNC  STEP
 
@@ -27,6 +28,7 @@ from colledge.profiles import Route
 from colledge.schedule.action import Action, ActionKind
 from colledge.schedule.generate import compute_order
 from colledge.schedule.lower import Schedule, lower
+from colledge.settings import ZeroStage
 
 Intervals = list[float]  # start, end, start, end ...
 
@@ -55,6 +57,9 @@ class Costs(Protocol):
 
     def sync_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
         """Return the seconds of the gradient all-reduce of shards of that fraction, tied weights left out."""
+
+    def gather_s(self, layers: tuple[int, int], devices: tuple[str, ...], fraction: float) -> float:
+        """Return the seconds in which shards of that fraction give each other what each has updated, once."""
 
     def tie_s(self, tie: tuple[int, int], devices: tuple[str, ...]) -> float:
         """Return the seconds of the all-reduce of a tied weight's gradient."""
@@ -142,6 +147,14 @@ def simulate(plan: Plan, costs: Costs, *, record: bool = False) -> Timeline:
     run.pipeline()
     run.synchronize()
     return Timeline(run)
+
+
+def gathers(zero: ZeroStage, num_microbatches: int) -> int:
+    """Return how many times a step replicas under ZeRO exchange all parameters.
+
+    Once after the update; in stage 3 half for each forward and half for each backward, of every micro-batch.
+    """
+    return num_microbatches if zero == 3 else 1
 
 
 _FORWARD, _BACKWARD, _SEND, _RECEIVE, _END = range(5)
@@ -482,6 +495,9 @@ class _Run:
             updates = [
                 self.costs.update_s(stage.layers, shard) for shard in stage.replicas[actor.index].shards
             ]
+            if self.plan.zero is not None:
+                shares = (stage.state_shares(k)[actor.index] for k in range(stage.num_shards))
+                updates = [update * share for update, share in zip(updates, shares, strict=True)]
             actor.own_s = tuple((*own, update) for own, update in zip(actor.own_s, updates, strict=True))
             self.clock[number] = start + max(updates)
             self.log[number] += (start, self.clock[number])
@@ -491,6 +507,20 @@ class _Run:
                     (last - 1, reached[number], start),
                     (last, start, self.clock[number]),
                 ]
+        if self.plan.zero is not None:
+            self._gather(gathers(self.plan.zero, self.num_microbatches))
+
+    def _gather(self, times: int) -> None:
+        """Let the replicas of each stage give each other the parameters that each has updated."""
+        for index, stage in enumerate(self.plan.stages):
+            members = self._members(index)
+            if len(members) > 1:
+                groups = [tuple(self.actors[n].devices[k] for n in members) for k in range(stage.num_shards)]
+                durations = [
+                    times * self.costs.gather_s(stage.layers, group, fraction)
+                    for group, fraction in zip(groups, stage.replicas[0].fractions, strict=True)
+                ]
+                self._collective(members, groups, durations)
 
     def _members(self, stage: int) -> list[int]:
         first = self.first_actor[stage]

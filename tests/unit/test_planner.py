@@ -26,7 +26,6 @@ from colledge.planner import (
 )
 from colledge.planner.bounds import lower_bounds
 from colledge.planner.cost import interpolate
-from colledge.planner.draft import make_plan as draft_plan
 from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
 from colledge.planner.layouts import compositions, depth_vectors, layouts, microbatch_sizes, proportional
@@ -524,6 +523,8 @@ def exact_search(pool: PoolProfile, model: ModelProfile, request: PlanningReques
     modes=st.booleans(),
     first_trained=st.sampled_from([0, 0, 1, 2, 3, 4]),
     accounting=st.sampled_from(["whole-pool", "marginal"]),
+    divided=st.sampled_from([(None, None), (1, None), (1, "fairscale"), (2, "deepspeed"), (3, "deepspeed")]),
+    memory_mb=st.sampled_from([10_000, 130]),
     pick=st.randoms(use_true_random=False),
 )
 def test_every_bound_is_below_every_simulated_plan(
@@ -535,14 +536,18 @@ def test_every_bound_is_below_every_simulated_plan(
     modes: bool,
     first_trained: int,
     accounting: str,
+    divided: tuple[int | None, str | None],
+    memory_mb: int,
     pick: random.Random,
 ) -> None:
     kinds = ["p", "q", "r"]
     model = frozen_below(make_model(dict(zip(kinds, seconds, strict=True)), tied=tied), first_trained)
-    pool = make_pool(kinds, watts=watts, bandwidth=bandwidth, segment=segment)
+    memory = [2 * memory_mb * MB, memory_mb * MB, memory_mb * MB]
+    pool = make_pool(kinds, watts=watts, bandwidth=bandwidth, segment=segment, memory_bytes=memory)
     if modes:
         pool, model = two_modes(pool, model)
-    request = PlanningRequest(global_batch_size=4, accounting=accounting)
+    zero, backend = divided
+    request = PlanningRequest(global_batch_size=4, accounting=accounting, zero=zero, backend=backend)
     bounds = lower_bounds(PoolCosts(pool, model), request)
     exact, judge = exact_search(pool, model, request)
     skeletons = list(exact.skeletons("energy"))
@@ -552,9 +557,13 @@ def test_every_bound_is_below_every_simulated_plan(
         bounded = exact.bound_drafts(layout, size, cuts[at])
         assert bounded is not None
         step_s, joules, shape = bounded
-        choice = pick.choice([i for i, t in enumerate(step_s) if np.isfinite(t)])
+        possible = [i for i, t in enumerate(step_s) if np.isfinite(t)]
+        if not possible:
+            continue
+        choice = pick.choice(possible)
         for draft in exact.drafts(layout, size, cuts[at], np.unravel_index(choice, shape)):
-            seen = predict(draft_plan(draft, len(model.layers), 4), pool, model)
+            plan = judge.plan(draft)
+            seen = predict(plan, pool, model)
             energy = seen.energy_joules_per_step
             if accounting == "marginal":
                 energy = seen.marginal_energy_joules_per_step
@@ -566,13 +575,19 @@ def test_every_bound_is_below_every_simulated_plan(
                 assert low_joules <= energy * (1 + 1e-9) + 1e-12
             assert values[at] <= joules[choice] * (1 + 1e-9) + 1e-12
             again = draft._replace(stages=tuple(stage._replace(recompute=True) for stage in draft.stages))
-            assert judge.bound(again)[0] <= predict(draft_plan(again, 4, 4), pool, model).step_s * (1 + 1e-9)
+            assert judge.bound(again)[0] <= predict(judge.plan(again), pool, model).step_s * (1 + 1e-9)
             found = judge.judge(draft)
-            assert found is not None
+            held = plan_memory(plan, pool, model, 2.0)
+            fits = all(parts.total_bytes <= pool.device(d).memory_bytes for d, parts in held.items())
+            assert (found is not None) == (
+                fits and (backend is None or plan.beyond_data_parallelism() is None)
+            )
+            if found is None:
+                continue
             assert found.step_s == seen.step_s
             assert found.energy_joules <= energy * (1 + 1e-9) + 1e-12
     for found in judge.frontier:  # what is not beaten has exact figures
-        seen = predict(draft_plan(found.draft, len(model.layers), 4), pool, model)
+        seen = predict(judge.plan(found.draft), pool, model)
         whole, marginal = seen.energy_joules_per_step, seen.marginal_energy_joules_per_step
         exactly = whole if accounting == "whole-pool" else marginal
         assert (found.step_s, found.energy_joules) == (seen.step_s, pytest.approx(exactly, abs=1e-12))

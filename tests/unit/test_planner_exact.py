@@ -188,12 +188,40 @@ def random_cases(seed: int, number: int, most_plans: int) -> Iterator[Case]:
             yield pool, frozen_below(model, prefix), batch
 
 
-def enumerate_best(pool: PoolProfile, model: ModelProfile, batch: int) -> dict[tuple[str, str], float]:
+def divided(plan: Plan, pool: PoolProfile, model: ModelProfile) -> Plan:
+    """Return a plan whose replicas divide optimizer state in proportion to the memory that they have left for it."""
+    without = plan_memory(plan, pool, model, 0.0)
+    stages = []
+    for stage in plan.stages:
+        shares: dict[str, float] = {}
+        for k in range(stage.num_shards if len(stage.replicas) > 1 else 0):
+            holders = [replica.shards[k].device for replica in stage.replicas]
+            free = [max(0, pool.device(d).memory_bytes - without[d].total_bytes) for d in holders]
+            equal = [1 / len(holders)] * len(holders)
+            shares |= zip(holders, [f / sum(free) for f in free] if sum(free) else equal, strict=True)
+        replicas = tuple(
+            replica.model_copy(
+                update={
+                    "shards": tuple(
+                        s.model_copy(update={"state_share": shares.get(s.device)}) for s in replica.shards
+                    )
+                }
+            )
+            for replica in stage.replicas
+        )
+        stages.append(stage.model_copy(update={"replicas": replicas}))
+    return plan.model_copy(update={"zero": 1, "stages": tuple(stages)})
+
+
+def enumerate_best(
+    pool: PoolProfile, model: ModelProfile, batch: int, zero: bool = False
+) -> dict[tuple[str, str], float]:
     """Return the least of every objective under both accountings; nothing where no plan fits."""
     costs = PoolCosts(pool, model)
     best: dict[tuple[str, str], float] = {}
     room = {device.id: device.memory_bytes for device in pool.devices}
     for plan in every_plan(pool, model, batch):
+        plan = divided(plan, pool, model) if zero else plan
         memory = plan_memory(plan, pool, model, 2.0)
         if any(parts.total_bytes > room[device] for device, parts in memory.items()):
             continue
@@ -207,12 +235,14 @@ def enumerate_best(pool: PoolProfile, model: ModelProfile, batch: int) -> dict[t
     return best
 
 
-def check(case: Case) -> None:
+def check(case: Case, zero: bool = False) -> None:
     """Assert that the planner's answer is the least, for every objective and accounting."""
     pool, model, batch = case
-    best = enumerate_best(pool, model, batch)
+    best = enumerate_best(pool, model, batch, zero)
     for objective, accounting in product(OBJECTIVES, ACCOUNTINGS):
-        request = PlanningRequest(global_batch_size=batch, objective=objective, accounting=accounting)
+        request = PlanningRequest(
+            global_batch_size=batch, objective=objective, accounting=accounting, zero=1 if zero else None
+        )
         if not best:
             with pytest.raises(OutOfMemoryError):
                 plan_training(pool, model, request)
@@ -238,6 +268,11 @@ def cases() -> tuple[Case, ...]:
 @pytest.mark.parametrize("case", range(POOLS))
 def test_no_enumerated_plan_beats_the_planner(case: int) -> None:
     check(cases()[case])
+
+
+@pytest.mark.parametrize("case", range(0, POOLS, 4))
+def test_no_enumerated_plan_that_divides_optimizer_state_beats_the_planner(case: int) -> None:
+    check(cases()[case], zero=True)
 
 
 def test_which_shard_talks_to_the_next_stage_is_a_choice() -> None:

@@ -1,15 +1,14 @@
-"""DeepSpeed's configuration: generated from a ZeRO stage or given, checked against run.yaml, completed."""
+"""DeepSpeed's configuration: checked against run.yaml, completed."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from pydantic import JsonValue
 
 from colledge.errors import ConfigError
 from colledge.plan import Plan
-from colledge.settings import DeepSpeedSettings, OptimizerSettings
+from colledge.settings import OptimizerSettings
 
 _ELSEWHERE = {
     "optimizer": "optimizer",
@@ -19,26 +18,6 @@ _ELSEWHERE = {
     "amp": "precision",
 }  # sections of DeepSpeed, and where run.yaml says the same
 _MANY_STEPS = 1 << 40
-
-
-def read_config(settings: DeepSpeedSettings) -> dict[str, JsonValue]:
-    """Return the configuration that is given, or the one of a ZeRO stage.
-
-    Raises:
-        ConfigError: The file is no JSON object.
-    """
-    path = settings.config
-    if path is None:
-        return {"zero_optimization": {"stage": settings.zero_stage}}
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise ConfigError(
-            f"{path}: cannot be read as JSON ({fault}).", fix="mend deepspeed.config."
-        ) from None
-    if not isinstance(given, dict):
-        raise ConfigError(f"{path}: is no JSON object.", fix="mend deepspeed.config.")
-    return given
 
 
 def complete_config(

@@ -39,12 +39,13 @@ class Setting:
         self.pool, self.model = costs.pool, costs.model
         self.num_layers = len(costs.model.layers)
         self.devices = tuple(d.id for d in self.pool.devices if d.id not in request.must_not_use)
-        self.memory = MemoryModel(self.model, request.optimizer_state_factor)
+        factor = request.optimizer_state_factor
+        self.memory = MemoryModel(self.model, factor, request.zero, request.backend)
         self._needed: dict[tuple[Load, int, float], int] = {}
 
     @cached_property
     def _spans(self) -> SpanMemory:
-        return SpanMemory(self.model, self.request.optimizer_state_factor)
+        return SpanMemory(self.model, self.request.optimizer_state_factor, self.request.backend)
 
     def most_samples(self, device: str, in_flight: int, recompute: bool) -> Array:
         """Return the samples of a micro-batch that fit on a device, for every span of layers [start, stop]."""
@@ -86,7 +87,7 @@ class Setting:
 
     def make_plan(self, stages: Sequence[Stage], size: int, schedule: PlanSchedule | None = None) -> Plan:
         """Return a plan of these stages."""
-        return Plan(
+        plan = Plan(
             schema_tag="colledge/plan/1",
             num_layers=self.num_layers,
             global_batch_size=self.request.global_batch_size,
@@ -94,7 +95,10 @@ class Setting:
             stages=tuple(stages),
             schedule=schedule or PlanSchedule(),
             wire_precision=self.costs.wire_precision,
+            zero=self.request.zero,
+            backend=self.request.backend,
         )
+        return self.memory.divided(plan, self.pool)
 
     def choose(self, name: str, plans: Sequence[Plan], why_none: str) -> Baseline:
         """Return the fastest of the plans that fit in memory.
@@ -106,7 +110,11 @@ class Setting:
         """
         if not plans:
             return Baseline(name=name, why_not=why_none)
-        recomputing = [_recomputing(plan) for plan in plans]
+        unable = [plan.beyond_data_parallelism() for plan in plans] if self.request.backend else []
+        plans = [plan for plan, why in zip(plans, unable, strict=True) if why is None] if unable else plans
+        if not plans:
+            return Baseline(name=name, why_not=f"backend {self.request.backend} cannot run it: {unable[0]}")
+        recomputing = [self.memory.divided(_recomputing(plan), self.pool) for plan in plans]
         fitting: list[Plan] = []
         for some in (plans, recomputing):
             fitting = fitting or [plan for plan in some if self.lack(plan) is None]
@@ -122,23 +130,15 @@ class Setting:
     def lack(self, plan: Plan) -> tuple[int, str] | None:
         """Return the bytes lacking and the device that lacks most, or None if the plan fits."""
         worst: tuple[int, str] | None = None
-        depths = plan.warmup_depths()
-        for place in plan.places():
-            stage = plan.stages[place.stage_index]
-            load = Load(
-                layers=stage.layers,
-                fraction=place.shard.fraction,
-                samples=stage.replicas[place.replica_index].samples,
-                in_flight=depths[place.stage_index],
-                recompute=plan.recomputes(place.stage_index),
-            )
-            device = self.pool.device(place.shard.device)
-            key = load, device.runtime_bytes, device.allocator_overhead
-            if key not in self._needed:
-                self._needed[key] = self.memory.parts(load, device).total_bytes
-            lacking = self._needed[key] - device.memory_bytes
-            if lacking > 0 and (worst is None or lacking > worst[0]):
-                worst = lacking, device.id
+        for s, (stage, depth) in enumerate(zip(plan.stages, plan.warmup_depths(), strict=True)):
+            for id, load in self.memory.loads(stage, depth, plan.recomputes(s)):
+                device = self.pool.device(id)
+                key = load, device.runtime_bytes, device.allocator_overhead
+                if key not in self._needed:
+                    self._needed[key] = self.memory.parts(load, device).total_bytes
+                lacking = self._needed[key] - device.memory_bytes
+                if lacking > 0 and (worst is None or lacking > worst[0]):
+                    worst = lacking, id
         return worst
 
     def _fastest(self, plans: Sequence[Plan]) -> Plan:
