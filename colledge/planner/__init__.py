@@ -106,9 +106,7 @@ def plan_training(
         search = Search(costs, request, devices, sizes, effort)
         known = [baseline.plan for baseline in baselines if baseline.plan is not None]
         best = search.run([*known, *(seed.alone() for seed in seeds)])
-        if (
-            best is None and request.zero is not None
-        ):  # a plan may fit whose replicas hold state and compute nothing
+        if best is None and request.zero is not None:  # replicas may fit that hold state and compute nothing
             closest = question_of([pool.device(id) for id in devices], model, request).closest()
             best = search.run([closest.plan] if closest.plan is not None else [])
         if best is not None:
