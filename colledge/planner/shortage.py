@@ -255,7 +255,9 @@ def _pipeline(
         stages=tuple(stage for stage, _, _ in found),
         recompute=tuple(flag for _, flag, _ in found),
     )
-    return replace(max((lack for *_, lack in found), key=lambda lack: lack.lacking_bytes), plan=plan)
+    return replace(
+        max((lack for *_, lack in reversed(found)), key=lambda lack: lack.lacking_bytes), plan=plan
+    )
 
 
 def _rows(group: Sequence[DeviceProfile], question: Question) -> list[int]:

@@ -124,8 +124,10 @@ def test_a_plan_that_fits_only_divided_is_found() -> None:
     with pytest.raises(OutOfMemoryError, match="no plan fits") as fault:
         plan_training(pool, model, PlanningRequest(global_batch_size=4))
     assert "(zero: 1)" in fault.value.fix
-    plan = plan_training(pool, model, PlanningRequest(global_batch_size=4, zero=1)).best
+    result = plan_training(pool, model, PlanningRequest(global_batch_size=4, zero=1))
+    plan = result.best
     assert plan.zero == 1
+    assert any("Replicas divide optimizer state (ZeRO stage 1) by the memory" in r for r in result.reasons)
     assert any(share not in (None, 1.0) for p in plan.places() for share in [p.shard.state_share])
 
 
