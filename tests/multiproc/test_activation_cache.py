@@ -35,7 +35,6 @@ SETTINGS = EngineSettings(
     seed=7,
 )
 BLOCKS = {"llama-untied": (2,), "gpt2-tied": (1, 2)}
-TARGETS = {"llama-untied": ("q_proj", "v_proj", "down_proj"), "gpt2-tied": ("c_attn", "c_fc")}
 Trained = tuple[list[float], float, dict[str, Tensor]]
 
 
@@ -49,7 +48,7 @@ def home(workers: Workers) -> Iterator[Path]:
 
 
 def _model(name: str) -> HuggingFaceCausalLM:
-    lora = LoraSettings(rank=3, targets=TARGETS[name], blocks=BLOCKS[name], dropout=0.2)
+    lora = LoraSettings(rank=3, targets="all-linear", blocks=BLOCKS[name], dropout=0.2)
     return HuggingFaceCausalLM(_config(name).to_dict(), lora)
 
 
