@@ -92,7 +92,14 @@ class Setting:
             readers = rows_read(plan(first, last), self.batches(epochs))
             key = f"benchmark-{uuid.uuid4().hex}"
             caches = ActivationCaches(
-                self.workers.wire, self.workers.ranks, readers, key, (SEQUENCE, WIDTH), SETTINGS.precision
+                self.workers.wire,
+                self.workers.ranks,
+                readers,
+                key,
+                (SEQUENCE, WIDTH),
+                SETTINGS.precision,
+                10**9,
+                {},
             )
             prefix, missing = self.engine(0, first), caches.open()
             began_s = time.perf_counter()

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-ROW = (
-    "row"  # among a batch's inputs: the numbers of its rows in the data, by which cached activations are kept
-)
+# Among a batch's inputs: the numbers of its rows in the data, by which cached activations are kept.
+ROW = "row"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ no row is lost at an epoch's end.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,7 @@ def rows_for_step(num_rows: int, batch_size: int, seed: int, step: int) -> Tenso
     return torch.cat(parts)
 
 
+@lru_cache(maxsize=2)  # epochs: a batch may reach into the next one
 def _permutation(num_rows: int, seed: int, epoch: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * _SPREAD + epoch) % 2**63)
     return torch.randperm(num_rows, generator=generator)

@@ -21,7 +21,7 @@ from colledge.launch.job import FILLING, LINE_EVERY_S, Job
 from colledge.launch.run_config import RunConfig
 from colledge.launch.step_metrics import device_figures
 from colledge.launch.stop import StopRequest
-from colledge.parallel import Engine, Wire
+from colledge.parallel import Engine, RouteEstimate, Wire
 from colledge.parallel.caching import ActivationCaches, FillStep, rows_read
 from colledge.plan import Plan
 from colledge.planner.caching import CachePlan
@@ -74,7 +74,13 @@ def disk_sentence(plan: Plan, cache: CachePlan, run: RunConfig, num_rows: NumRow
 
 
 def caches_of(
-    job: Job, wire: Wire, ranks: Mapping[str, int], data: RunData, plan: Plan, row_shape: tuple[int, ...]
+    job: Job,
+    wire: Wire,
+    ranks: Mapping[str, int],
+    data: RunData,
+    plan: Plan,
+    row_shape: tuple[int, ...],
+    routes: Mapping[str, Mapping[str, RouteEstimate]],
 ) -> ActivationCaches:
     """Return the caches of the devices that read activations in a run, not yet open.
 
@@ -85,9 +91,12 @@ def caches_of(
         data: The rows.
         plan: That trains from the caches.
         row_shape: Of one row's activations.
+        routes: Measured, by target and source.
     """
+    assert job.run.activation_cache is not None
     readers = rows_read(plan, cached_batches(job.run, data.num_rows))
-    return ActivationCaches(wire, ranks, readers, _key(job, data, plan), row_shape, job.run.precision)
+    key, limit = _key(job, data, plan), job.run.activation_cache.limit_bytes
+    return ActivationCaches(wire, ranks, readers, key, row_shape, job.run.precision, limit, routes)
 
 
 def fill_caches(

@@ -41,6 +41,8 @@ def run_job(job: Job, world: World, stop: StopRequest) -> None:
             fix="start exactly the lines that --print-commands prints.",
         )
     ranks = {device: rank for rank, device in enumerate(job.devices, start=1)}
+    for device, rank in ranks.items():
+        world.wire.names[rank] = f"device {device!r}"
     model = open_model(job.run, job.model, probe=False)
     if job.kind == "profile":
         _profile(job, world, ranks, model)

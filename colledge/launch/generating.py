@@ -126,13 +126,13 @@ def _whole_plan(trained: OutputFolder) -> Plan:
     """
     if not trained.cache.is_file():
         return read_plan(trained.plan)
-    plan = read_json(CachePlan, trained.cache).uncached
-    if plan is None:
+    cache = read_json(CachePlan, trained.cache)
+    if cache.uncached is None:
         raise ConfigError(
-            f"{trained.path}: the run trained on cached activations, and no plan of all layers fits these devices.",
+            f"{trained.path}: the run trained on cached activations, and has no plan of all layers: {cache.why_not}",
             fix="generate without --pool.",
         )
-    return plan
+    return cache.uncached
 
 
 def generate_job(

@@ -49,10 +49,11 @@ def find_model(name: str) -> Path:
             "the hub has no model of that name, or it is private",
             f"mend the name, set HF_TOKEN, or {local}.",
         )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as fault:
-        why = f"the hub is out of reach: {' '.join(str(fault).split())[:200]}"
-        fix = f"{local}, or look at the network."
-        if HF_HUB_OFFLINE:
+    except HFValidationError:
+        why, fix = "it is no name of the hub either", f"{local}, or a name such as org/my-model."
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        why, fix = " ".join(str(fault).split())[:200], f"{local}, or look at the network and the disk."
+        if HF_HUB_OFFLINE and isinstance(fault, LocalEntryNotFoundError):
             why, fix = "HF_HUB_OFFLINE is set and the cache has it not", f"{local}, or unset HF_HUB_OFFLINE."
     raise ModelError(f"model {name!r} is no local directory and cannot be fetched: {why}.", fix=fix)
 

@@ -155,7 +155,7 @@ def constrained(
 def with_cache(inputs: PlanningInputs) -> PlanningInputs:
     """Return inputs with a plan of what computes the activations that they train on, if they do.
 
-    Of a deadline of the whole run, that comes first.
+    Of a deadline of the whole run, that comes first, where the number of rows is known.
 
     Raises:
         ConfigError: There is no such plan, or the deadline leaves no time after it.
@@ -164,8 +164,8 @@ def with_cache(inputs: PlanningInputs) -> PlanningInputs:
     if request.layers is None:
         return inputs
     cache = plan_cache(inputs.pool, inputs.model, request)
-    if inputs.deadline_s is not None and steps is not None:
-        filling_s = cache.fill_figures(inputs.num_rows or steps * request.global_batch_size)[0]
+    if inputs.deadline_s is not None and steps is not None and inputs.num_rows is not None:
+        filling_s = cache.fill_figures(inputs.num_rows)[0]
         left_s = (inputs.deadline_s - filling_s) / steps
         if left_s <= 0:
             raise PlanError(

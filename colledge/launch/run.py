@@ -208,7 +208,9 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
         asked = _asked(inputs, profiles)
         result = planning.plan(asked)
         planning.show(planning.make_report(result, asked), console)
-        return _fits_disks(Chosen(result.best, result, asked, asked.cache), inputs, console)
+        chosen = Chosen(result.best, result, asked, asked.cache)
+        _say_disks(chosen, inputs, console)
+        return chosen
     given = divided(read_plan(plan_path), inputs.run)
     check_plan(given, inputs)
     for line in rounding(given, inputs.run.precision):
@@ -232,7 +234,9 @@ def choose_plan(inputs: Inputs, plan_path: Path | None, console: Console) -> Cho
             f"[{wanted[0]}, {wanted[1]}){' from cached activations' if asked.cache is not None else ''}.",
             fix="plan again, or change activation_cache in run.yaml.",
         )
-    return _fits_disks(Chosen(given, None, None, asked.cache), inputs, console)
+    chosen = Chosen(given, None, None, asked.cache)
+    _say_disks(chosen, inputs, console)
+    return chosen
 
 
 def _asked(inputs: Inputs, profiles: tuple[PoolProfile, ModelProfile]) -> PlanningInputs:
@@ -249,16 +253,15 @@ def _asked(inputs: Inputs, profiles: tuple[PoolProfile, ModelProfile]) -> Planni
     return planning.with_cache(asked)
 
 
-def _fits_disks(chosen: Chosen, inputs: Inputs, console: Console) -> Chosen:
-    """Return a plan whose activation cache is within the limit, and say what it takes.
+def _say_disks(chosen: Chosen, inputs: Inputs, console: Console) -> None:
+    """Say what a plan's activation cache takes on disks, if it has one.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: It is more than the limit.
     """
     if chosen.cache is not None:
         said = caching.disk_sentence(chosen.plan, chosen.cache, inputs.run, inputs.num_rows)
         console.print(said, highlight=False)
-    return chosen
 
 
 def divided(plan: Plan, run: RunConfig) -> Plan:

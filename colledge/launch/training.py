@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -43,9 +43,8 @@ from colledge.report.trackers import TensorBoard
 from colledge.report.validation import BestSoFar, best_so_far
 from colledge.units import format_joules, format_seconds
 
-_DEADLINE_STEPS = (
-    20  # a wait may take as long as this many predicted steps, where that is longer than the default
-)
+# A wait may take as long as this many predicted steps, where that is longer than the default.
+_DEADLINE_STEPS = 20
 
 
 class Training:
@@ -109,7 +108,8 @@ class Training:
 
     def _find_caches(self) -> ActivationCaches:
         shape = self._model.boundary_shape((self._data.train.sequence_length,))
-        return caches_of(self._job, self._wire, self._ranks, self._data, self._plan, shape)
+        routes = _routes(self._job.devices, self._pool) if self._pool is not None else {}
+        return caches_of(self._job, self._wire, self._ranks, self._data, self._plan, shape, routes)
 
     def _fill(self, caches: ActivationCaches, stop: StopRequest) -> None:
         """Fill the activation cache, unless asked to stop; write what that took, before a resumption included."""
@@ -299,15 +299,16 @@ def engine_settings(job: Job, plan: Plan, pool: PoolProfile | None) -> EngineSet
         accelerators={id: device.accelerator for id, device in devices.items()},
         threads={id: device.threads for id, device in devices.items() if device.threads is not None},
         emulations=emulations if any(e != Emulation() for e in emulations.values()) else {},
-        routes=_routes(plan, pool) if pool is not None else None,
+        routes=_routes(plan.devices, pool) if pool is not None else None,
     )
 
 
-def _routes(plan: Plan, pool: PoolProfile) -> dict[str, dict[str, RouteEstimate]]:
+def _routes(devices: Sequence[str], pool: PoolProfile) -> dict[str, dict[str, RouteEstimate]]:
+    """Return the measured routes between devices, by target and source."""
     known = {device.id for device in pool.devices}
     routes: dict[str, dict[str, RouteEstimate]] = {}
-    for target in plan.devices:
-        for source in plan.devices:
+    for target in devices:
+        for source in devices:
             if source != target and {source, target} <= known:
                 route = pool.route(source, target)
                 routes.setdefault(target, {})[source] = RouteEstimate(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -26,12 +27,20 @@ from colledge.parallel.wire import Message, Wire
 
 Forwards = Callable[[Message], tuple[Tensor | None, dict[str, float]]]
 
+_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 _TAG = 20  # of rows between devices
 _ENTRY = struct.Struct("<qI")  # row, checksum of its bytes
 
 
 def cache_folder(key: str, device: str) -> Path:
-    """Return where a device keeps the activations of a key: under XDG_CACHE_HOME, by default ~/.cache."""
+    """Return where a device keeps the activations of a key: under XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises:
+        DeviceError: One of them could lead out of that folder.
+    """
+    for name in (key, device):
+        if not _NAME.match(name):
+            raise DeviceError(f"{name!r} cannot name a folder of cached activations.")
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "colledge" / "activations" / key / device
 
@@ -62,9 +71,11 @@ class ActivationCache:
             ) from None
         try:
             fcntl.flock(self._index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as fault:
+            self.close()
             raise ConfigError(
-                f"the activations in {folder} are in use by another run.", fix="wait for it to end."
+                f"the activations in {folder} are in use by another run, or cannot be locked ({fault.strerror}).",
+                fix="wait for that run to end, or set XDG_CACHE_HOME to a disk of the device's own.",
             ) from None
         self._entries = self._read_index()  # row -> (slot, checksum)
 
@@ -77,6 +88,11 @@ class ActivationCache:
         entries = _ENTRY.iter_unpack(raw[: slots * _ENTRY.size])
         self._num_slots = slots
         return {row: (slot, checksum) for slot, (row, checksum) in enumerate(entries)}
+
+    @property
+    def held_bytes(self) -> int:
+        """What the cache takes on its disk, rows that an earlier run wanted included."""
+        return self._num_slots * self._row_bytes
 
     @property
     def free_bytes(self) -> int:
@@ -150,13 +166,18 @@ class ActivationCache:
 
     def remove(self) -> None:
         """Delete the rows."""
-        self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for parent in (self.folder.parent, self.folder.parent.parent):  # the key's, and that of all keys
+        for name in ("activations", "index"):
+            (self.folder / name).unlink(missing_ok=True)
+        for folder in (
+            self.folder,
+            self.folder.parent,
+            self.folder.parent.parent,
+        ):  # the key's, that of all keys
             try:
-                parent.rmdir()
+                folder.rmdir()
             except OSError:  # others are there
                 break
+        self.close()
 
 
 class DeviceCache:
@@ -173,11 +194,15 @@ class DeviceCache:
         return self._open
 
     def open(self, message: Message) -> Message:
-        """Open the cache of a key; answer with what the disk has left."""
+        """Open the cache of a key, emptied where that is asked; answer with its bytes and what the disk has left."""
         fields = message.fields
+        self._wire.timeout_s = fields["timeout_s"]
         folder = cache_folder(fields["key"], fields["device"])
-        self._open = ActivationCache(folder, tuple(fields["row_shape"]), DTYPES[fields["precision"]])
-        return Message({"free_bytes": self._open.free_bytes})
+        shape, dtype = tuple(fields["row_shape"]), DTYPES[fields["precision"]]
+        if fields["empty"]:
+            self._cache.remove()
+        self._open = ActivationCache(folder, shape, dtype)
+        return Message({"held_bytes": self._open.held_bytes, "free_bytes": self._open.free_bytes})
 
     def find_missing(self, message: Message) -> Message:
         """Answer with those of some rows that are not there or damaged."""
@@ -208,10 +233,11 @@ class DeviceCache:
             else:
                 leaving.append(self._wire.send(part, rank, _TAG))
         for rank, (buffer, transfer) in arriving.items():
-            figures["communicate_s"] += transfer.wait("filling the activation cache")
+            waited_s = transfer.wait("filling the activation cache")
+            figures["communicate_s"] += min(waited_s, fields["expected_s"].get(str(rank), waited_s))
             self._cache.write(wanted[rank].tolist(), buffer)
         for transfer in leaving:
-            figures["communicate_s"] += transfer.wait("filling the activation cache")
+            transfer.wait("filling the activation cache")
         return Message(figures)
 
     def read(self, rows: Tensor) -> Tensor:
@@ -219,8 +245,11 @@ class DeviceCache:
         return self._cache.read(rows.tolist())
 
     def close(self, message: Message) -> Message:
-        """Close the cache, and delete it where that is asked."""
+        """Close the cache, and delete it where that is asked, also one that an earlier part of the run left."""
+        fields = message.fields
+        if self._open is None and fields["remove"] and cache_folder(fields["key"], fields["device"]).is_dir():
+            self._open = ActivationCache(cache_folder(fields["key"], fields["device"]), (1,), torch.uint8)
         if self._open is not None:
-            self._open.remove() if message.fields["remove"] else self._open.close()
+            self._open.remove() if fields["remove"] else self._open.close()
         self._open = None
         return Message({})

@@ -10,7 +10,7 @@ Rows go straight from the device that computes them to the devices that read the
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from colledge.data.batch import Batch
 from colledge.errors import ConfigError
 from colledge.models.layered import DTYPES
 from colledge.parallel.engine import DeviceStep, Engine, command, device_steps
+from colledge.parallel.setup import RouteEstimate
 from colledge.parallel.wire import Message, Wire
 from colledge.plan import Plan
 from colledge.settings import Precision
@@ -65,6 +66,8 @@ class ActivationCaches:
         key: Names what is cached: another model, prefix or data set has another key.
         row_shape: Of the activations of one row.
         precision: Of the activations.
+        limit_bytes: The most that one device keeps.
+        routes: Measured routes by target and source, to tell communication from waiting.
     """
 
     def __init__(
@@ -75,11 +78,15 @@ class ActivationCaches:
         key: str,
         row_shape: tuple[int, ...],
         precision: Precision,
+        limit_bytes: int,
+        routes: Mapping[str, Mapping[str, RouteEstimate]],
     ) -> None:
+        self._limit_bytes, self._routes = limit_bytes, routes
         self._wire, self._ranks, self._readers = wire, ranks, readers
         self._key, self._row_shape, self._precision = key, row_shape, precision
         self._row_bytes = torch.Size(row_shape).numel() * DTYPES[precision].itemsize
-        self._missing: dict[str, Tensor] = {}
+        self._num_rows = 1 + max((int(rows.max()) for rows in readers.values() if len(rows)), default=-1)
+        self._missing: dict[str, Tensor] = {}  # whether a row is to be computed, bool, [num_rows]
 
     def open(self) -> Tensor:
         """Open every device's cache; return the rows that must be computed, sorted, int64.
@@ -87,22 +94,37 @@ class ActivationCaches:
         Raises:
             ConfigError: A device has too little room on its disk, or its cache is in use.
         """
-        fields = {"command": "open_cache", "key": self._key, "row_shape": self._row_shape}
-        opened = self._command(
-            {d: Message(fields | {"device": d, "precision": self._precision}) for d in self._readers},
-            "opening the activation cache",
-        )
+        opened = self._open(list(self._readers), empty=False)
         for device, rows in self._readers.items():
-            self._missing[device] = missing = self._find_missing(device, rows)
-            needed, free = len(missing) * self._row_bytes, opened[device].fields["free_bytes"]
+            missing = self._find_missing(device, rows)
+            if opened[device]["held_bytes"] + len(missing) * self._row_bytes > self._limit_bytes:
+                opened |= self._open([device], empty=True)  # it is full of rows that other plans wanted
+                missing = rows
+            needed, free = len(missing) * self._row_bytes, opened[device]["free_bytes"]
             if needed > free:
                 raise ConfigError(
                     f"the activation cache of device {device!r} needs {format_bytes(needed)} more of its disk, which "
                     f"has {format_bytes(free)} left.",
                     fix="make room there, or take activation_cache out of run.yaml.",
                 )
-        union: Tensor = torch.unique(torch.cat(list(self._missing.values())))
-        return union
+            self._missing[device] = torch.zeros(self._num_rows, dtype=torch.bool)
+            self._missing[device][missing] = True
+        union = torch.stack(list(self._missing.values())).any(0)
+        return torch.nonzero(union).flatten()
+
+    def _open(self, devices: Sequence[str], empty: bool) -> dict[str, dict[str, int]]:
+        """Open the caches of devices, emptied or as they are; return the bytes that they hold and have left."""
+        fields = {
+            "command": "open_cache",
+            "key": self._key,
+            "row_shape": self._row_shape,
+            "precision": self._precision,
+            "timeout_s": self._wire.timeout_s,
+            "empty": empty,
+        }
+        messages = {device: Message(fields | {"device": device}) for device in devices}
+        answers = self._command(messages, "opening the activation cache")
+        return {device: answer.fields for device, answer in answers.items()}
 
     def _find_missing(self, device: str, rows: Tensor) -> Tensor:
         found = []
@@ -134,6 +156,7 @@ class ActivationCaches:
         messages = {
             device: Message(
                 {"command": "fill_cache", "rank": self._ranks[device], "give": [], "take": []}
+                | {"expected_s": {}}
                 | (computing[device].fields if device in computing else {})
                 | agreed,
                 dict(computing[device].tensors) if device in computing else {},
@@ -149,19 +172,29 @@ class ActivationCaches:
             positions = torch.nonzero(held < len(rows)).flatten()
             computed = rows[held[positions]]
             for reader, missing in self._missing.items():
-                wanted = torch.isin(computed, missing)
+                wanted = missing[computed]
                 if wanted.any():
                     give, take = messages[source], messages[reader]
                     give.fields["give"].append(self._ranks[reader])
                     give.tensors[f"give/{self._ranks[reader]}"] = positions[wanted]
                     take.fields["take"].append(self._ranks[source])
+                    route = self._routes.get(reader, {}).get(source)
+                    if route is not None:
+                        seconds = self._row_bytes * int(wanted.sum()) / route.bandwidth_bytes_per_s
+                        take.fields["expected_s"][str(self._ranks[source])] = route.latency_s + seconds
                     take.tensors[f"take/{self._ranks[source]}"] = computed[wanted]
         return messages
 
     def close(self, remove: bool) -> None:
-        """Close every device's cache; delete what is in it, or leave it for a run that goes on."""
-        message = Message({"command": "close_cache", "remove": remove})
-        self._command(dict.fromkeys(self._readers, message), "closing the activation cache")
+        """Close every device's cache; delete what is in it, or leave it for a run that goes on.
+
+        Deleted is also what this run's devices keep of an earlier part of it, under another plan.
+        """
+        messages = {
+            device: Message({"command": "close_cache", "key": self._key, "device": device, "remove": remove})
+            for device in self._ranks
+        }
+        self._command(messages, "closing the activation cache")
 
     def _command(self, messages: Mapping[str, Message], action: str) -> dict[str, Message]:
         return command(self._wire, {self._ranks[d]: m for d, m in messages.items()}, action, self._ranks)

@@ -264,15 +264,13 @@ class Executor:
                     case ActionKind.STEP:
                         pass
         for transfers in sent.values():
-            for transfer in transfers:
-                clock.waited(transfer.wait(f"the sends of step {step}"), 0.0)
+            self._wait_for(transfers, f"the sends of step {step}")
 
     def _settle(
         self, sent: dict[Action, list[Transfer]], kind: ActionKind, microbatch: int | None, what: str
     ) -> None:
         """Wait for an earlier micro-batch's sends, so that their tensors can go."""
-        for transfer in sent.pop(Action(kind, self._place.stage_index, microbatch), []):
-            self.clock.waited(transfer.wait(what), 0.0)
+        self._wait_for(sent.pop(Action(kind, self._place.stage_index, microbatch), []), what)
 
     def infer(
         self,
@@ -287,7 +285,7 @@ class Executor:
         stage = self._place.stage_index
         shape = (self._num_rows, *boundary)
         inbox = _Inbox(self, self._neighbours.forward_in, shape, _FORWARD_TAG, self._num_microbatches)
-        sent: list[Transfer] = []
+        sent: list[list[Transfer]] = []
         for m in range(self._num_microbatches):
             receive = Action(ActionKind.RECEIVE_FORWARD, stage, m)
             rows = x(m) if x is not None else inbox.take(receive, f"{receive} of {step}")
@@ -297,9 +295,16 @@ class Executor:
             if self._is_last:
                 yield m, output
             else:
-                sent += self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m)
-        for transfer in sent:
-            transfer.wait(f"the sends of forward {step}")
+                sent.append(self._send(self._neighbours.forward_out, output, _FORWARD_TAG + 2 * m))
+                if m >= _LOOKAHEAD:
+                    self._wait_for(sent[m - _LOOKAHEAD], f"{receive} of {step}")
+        for transfers in sent[-_LOOKAHEAD:]:
+            self._wait_for(transfers, f"the sends of forward {step}")
+
+    def _wait_for(self, transfers: list[Transfer], what: str) -> None:
+        """Wait until sends are taken, and let their tensors go."""
+        while transfers:
+            self.clock.waited(transfers.pop().wait(what), 0.0)
 
 
 def _compute(action: Action) -> Action:

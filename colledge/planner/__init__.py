@@ -108,7 +108,7 @@ def plan_training(
         best = search.run([*known, *(seed.alone() for seed in seeds)])
         if best is None and request.zero is not None:  # replicas may fit that hold state and compute nothing
             closest = question_of([pool.device(id) for id in devices], model, request).closest()
-            best = search.run([closest.plan] if closest.plan is not None else [])
+            best = search.run([closest.plan] if closest is not None and closest.plan is not None else [])
         if best is not None:
             break
     else:

@@ -20,9 +20,8 @@ from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import Record
 from colledge.units import format_bytes, format_joules, format_seconds
 
-_FILLED_AT_ONCE = (
-    64 * 1024**2
-)  # bytes of rows: a batch of them is in memory where it is made and where it goes
+# Bytes of rows in a batch of the prefix: about three times that are in memory where rows are made and where they go.
+_FILLED_AT_ONCE = 16 * 1024**2
 
 
 class CachePlan(Record):
@@ -55,8 +54,8 @@ class CachePlan(Record):
         said = [
             f"Nothing up to {last} trains, so its outputs are computed once and cached: this plan is for the layers "
             f"after it. {rows} rows of the cache take {format_bytes(rows * self.row_bytes)} of disk, and are made in "
-            f"{format_seconds(fill.step_s)} with {format_joules(fill.energy_joules_per_step)} "
-            f"({self.prefix.describe()})."
+            f"{format_seconds(fill.step_s)} with {format_joules(fill.energy_joules_per_step)}, their way to the disks "
+            f"not counted ({self.prefix.describe()})."
         ]
         if self.uncached is None:
             return (*said, f"Without the cache there is no plan: {self.why_not}")

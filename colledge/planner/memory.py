@@ -121,6 +121,7 @@ class MemoryModel:
     ) -> None:
         self._layers, self._first_trained = model.layers, model.first_trained
         self._saved_bytes, self._workspace_bytes = _activations(model)
+        self._input_bytes = model.input_bytes_per_sample
         self._ties = find_ties(model.layers)
         self._zero, self._backend = zero, backend
         self._factor = state_factor(optimizer_state_factor, backend)
@@ -293,7 +294,7 @@ class MemoryModel:
                 shared, trained = shared_bytes(self._layers, tie)
                 parameters[tie[1]] -= shared
                 trainable[tie[1]] -= trained
-        input_bytes = self._layers[start - 1].output_bytes_per_sample if start else 0
+        input_bytes = self._layers[start - 1].output_bytes_per_sample if start else self._input_bytes
         return _SpanBytes(
             parameters=self._split(parameters),
             trainable=self._split(trainable),
@@ -349,8 +350,10 @@ class SpanMemory:
         saved, workspace = _activations(model)
         self._saved, self._workspace = _sums(saved), _maxima(workspace)
         self._gradient = _maxima([layer.largest_gradient_bytes for layer in layers])
-        border = np.array([0.0, *(float(layer.output_bytes_per_sample) for layer in layers[:-1]), 0.0])
-        self._input, self._output = border[:, None], border[None, :]
+        inner = [float(layer.output_bytes_per_sample) for layer in layers[:-1]]
+        border = np.array([0.0, *inner, 0.0])
+        self._input = np.array([float(model.input_bytes_per_sample), *inner, 0.0])[:, None]
+        self._output = border[None, :]
         trains = (np.arange(len(border)) > model.first_trained).astype(float)
         self._returned, self._has_backward = self._input * trains[:, None], trains[None, :]
 

@@ -55,8 +55,8 @@ class Question:
     zero: ZeroStage | None = None
     backend: LibraryName | None = None
 
-    def closest(self) -> Lack:
-        """Return the worst lack under the plan that comes closest to fitting."""
+    def closest(self) -> Lack | None:
+        """Return the worst lack under the plan that comes closest to fitting; None where there is no plan at all."""
         memory = MemoryModel(self.model, self.state_factor, self.zero, self.backend)
         spans = SpanMemory(self.model, self.state_factor, self.backend)
         stages: list[Sequence[Sequence[DeviceProfile]]] = []
@@ -68,11 +68,12 @@ class Question:
         found = [_pipeline(groups, self, memory, spans) for groups in stages]
         if self.backend is None and 1 < len(self.devices) <= self.model.shard_units:
             found.append(_sharded(self.devices, self.model, memory))
-        return min(found, key=lambda lack: lack.lacking_bytes)
+        return min(found, key=lambda lack: lack.lacking_bytes, default=None)
 
     def fits(self) -> bool:
         """Return whether that plan fits."""
-        return self.closest().lacking_bytes <= 0
+        lack = self.closest()
+        return lack is not None and lack.lacking_bytes <= 0
 
 
 def question_of(devices: Sequence[DeviceProfile], model: ModelProfile, request: PlanningRequest) -> Question:
@@ -94,7 +95,7 @@ def nothing_fits(
     """Return the error that says who lacks what and which change would make the model fit; None if memory suffices."""
     question = question_of(devices, model, request)
     lack = question.closest()
-    if lack.lacking_bytes <= 0:
+    if lack is None or lack.lacking_bytes <= 0:
         return None
     prefix = (
         "no plan fits in memory. In the one that comes closest (micro-batches of one row, recomputation on), "
@@ -197,7 +198,7 @@ def _groupings(question: Question) -> Iterator[Sequence[Sequence[DeviceProfile]]
     devices, must_use = question.devices, question.must_use
     by_memory = sorted(devices, key=lambda d: (d.id not in must_use, -d.room_bytes))
     if question.backend is not None:
-        most = max(1, len(must_use), min(len(devices), question.batch))
+        most = min(len(devices), question.batch)  # each has rows
         yield from ([by_memory[:count]] for count in range(max(1, len(must_use)), most + 1))
         return
     if must_use:

@@ -74,6 +74,7 @@ class ModelProfile(Record):
     from the configuration alone (`modelled`). Timings are always measured; a device kind without any is timed
     from FLOPs and the rates of its power mode. `precision` is that of parameters and activations; None is unknown.
     `mixed_precision` is that of products, `frozen_precision` that of frozen weights in memory, where they differ.
+    `input_bytes_per_sample` is what the first layer takes, where that is activations and not tokens.
     """
 
     schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
@@ -85,6 +86,7 @@ class ModelProfile(Record):
     precision: Precision | None = None
     mixed_precision: NarrowPrecision | None = None
     frozen_precision: NarrowPrecision | None = None
+    input_bytes_per_sample: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> ModelProfile:
@@ -119,7 +121,10 @@ class ModelProfile(Record):
             layer if layer.tied_to in (None, *names) else layer.model_copy(update={"tied_to": None})
             for layer in kept
         ]
-        return self.model_copy(update={"layers": tuple(alone)})
+        taken = (
+            self.layers[layers[0] - 1].output_bytes_per_sample if layers[0] else self.input_bytes_per_sample
+        )
+        return self.model_copy(update={"layers": tuple(alone), "input_bytes_per_sample": taken})
 
     @property
     def shard_units(self) -> int:

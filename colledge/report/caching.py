@@ -76,8 +76,8 @@ class CacheSaving(Record):
 
 
 def _saved(without: float, took: float) -> str:
-    """Return `saves 40 %`, or `costs 10 % more`."""
+    """Return `40 % less`, or `10 % more`."""
     if without <= 0:
-        return "nothing"
+        return "0 % less"
     share = 100 * (without - took) / without
     return f"{share:.0f} % less" if share >= 0 else f"{-share:.0f} % more"

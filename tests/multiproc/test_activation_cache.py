@@ -15,6 +15,7 @@ from torch import Tensor
 
 from colledge.data import Rows, rows_for_step
 from colledge.data.batch import ROW, Batch
+from colledge.errors import DeviceError
 from colledge.models import HuggingFaceCausalLM
 from colledge.models.lora import StartingValues
 from colledge.parallel import Engine, EngineSettings, OptimizerSettings
@@ -132,9 +133,11 @@ def _readers(plan: Plan) -> dict[str, Tensor]:
     return rows_read(plan, [*_steps(), validation])
 
 
-def _caches(plan: Plan, workers: Workers, key: str, settings: EngineSettings = SETTINGS) -> ActivationCaches:
+def _caches(
+    plan: Plan, workers: Workers, key: str, settings: EngineSettings = SETTINGS, limit: int = 10**9
+) -> ActivationCaches:
     return ActivationCaches(
-        workers.wire, workers.ranks, _readers(plan), key, (LENGTH, 32), settings.precision
+        workers.wire, workers.ranks, _readers(plan), key, (LENGTH, 32), settings.precision, limit, {}
     )
 
 
@@ -171,7 +174,9 @@ def test_training_from_cached_activations_is_training(name: str, workers: Worker
     last, cut = len(_model(name).layer_names), min(BLOCKS[name]) + 1
     wanted = _uncached(name, workers)
     for case, pair in _pairs(last, cut).items():
-        trained = _train_cached(pair, name, workers, f"{RUN}-{name}-{case.replace(' ', '-')}")
+        trained = _train_cached(
+            pair, name, workers, f"{RUN}-{name}-{case.replace(', ', '-').replace(' ', '-')}"
+        )
         assert _difference(trained, wanted) <= 1e-10, case
     assert not list(home.glob(f"{RUN}-{name}*"))  # nothing stays on the disks
 
@@ -233,6 +238,30 @@ def test_a_later_run_computes_only_what_is_missing_or_damaged(workers: Workers, 
     assert _difference(trained, _uncached(name, workers)) <= 1e-10
 
 
+def test_a_cache_stays_within_its_limit_and_goes_with_the_run(workers: Workers, home: Path) -> None:
+    prefix, rest = _pairs(5, 3)["one device"]
+    key, row_bytes = f"{RUN}-limit", LENGTH * 32 * 8
+    path = home / key / "d0" / "activations"
+    engine = _engine(prefix, "llama-untied", workers)
+    first = _caches(rest, workers, key)
+    list(first.fill(engine, first.open(), _batch))
+    first.close(remove=False)
+    path.write_bytes(b"x" + path.read_bytes()[1:])  # the first row is damaged, and its place is lost
+    for limit, num_missing in ((NUM_ROWS + 1, 1), (NUM_ROWS, NUM_ROWS)):
+        again = _caches(rest, workers, key, limit=limit * row_bytes)
+        missing = again.open()
+        assert len(missing) == num_missing
+        if num_missing == NUM_ROWS:
+            list(again.fill(engine, missing, _batch))
+            assert path.stat().st_size == NUM_ROWS * row_bytes
+        again.close(remove=False)
+    engine.close()
+    elsewhere = _caches(_pairs(5, 3)["another device"][1], workers, key)
+    elsewhere.open()
+    elsewhere.close(remove=True)
+    assert not (home / key).exists()  # what d0 kept under another plan goes too
+
+
 def test_a_checkpoint_goes_on_with_cached_activations_and_without(workers: Workers, tmp_path: Path) -> None:
     name = "llama-untied"
     prefix, rest = _pairs(5, 3)["one device"]
@@ -267,5 +296,7 @@ def test_a_damaged_row_is_never_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     with pytest.raises(Exception, match=r"row 7 of the activation cache .* is missing or damaged"):
         cache.read([7])
+    with pytest.raises(DeviceError, match="cannot name a folder"):
+        cache_folder("../../etc", "desk")
     with pytest.raises(Exception, match="in use by another run"):
         ActivationCache(tmp_path / "cache", (3, 2), torch.float32)

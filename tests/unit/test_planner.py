@@ -716,7 +716,9 @@ def test_the_closest_plan_is_closest_of_all_pipelines(seed: int) -> None:
         for order in permutations(devices, count)
         for cuts in combinations(range(1, 6), count - 1)
     )
-    assert Question(devices, model, 2.0, batch=4).closest().lacking_bytes == least
+    closest = Question(devices, model, 2.0, batch=4).closest()
+    assert closest is not None
+    assert closest.lacking_bytes == least
 
 
 @pytest.mark.parametrize(
