@@ -58,7 +58,9 @@ def _numeric_keys(record: type[Record]) -> tuple[str, ...]:
     return tuple(
         key
         for name, info in record.model_fields.items()
-        if not _NUMBERS.isdisjoint((info.annotation, *get_args(info.annotation)))
+        for parts in [(info.annotation, *get_args(info.annotation))]
+        if not _NUMBERS.isdisjoint(parts)
+        or any(type(value) is int for part in parts for value in get_args(part))  # of a Literal
         for key in {name, info.alias or name}
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -16,10 +17,11 @@ from colledge.data import Rows, rows_for_step
 from colledge.data.batch import ROW, Batch
 from colledge.errors import ConfigError
 from colledge.launch.inputs import RunData
-from colledge.launch.job import Job
+from colledge.launch.job import FILLING, LINE_EVERY_S, Job
 from colledge.launch.run_config import RunConfig
 from colledge.launch.step_metrics import device_figures
-from colledge.parallel import Engine, World
+from colledge.launch.stop import StopRequest
+from colledge.parallel import Engine, Wire
 from colledge.parallel.caching import ActivationCaches, FillStep, rows_read
 from colledge.plan import Plan
 from colledge.planner.caching import CachePlan
@@ -71,62 +73,62 @@ def disk_sentence(plan: Plan, cache: CachePlan, run: RunConfig, num_rows: NumRow
     return f"activation cache on disk: {shares} (limit {format_bytes(limit)})"
 
 
-def fill_caches(
-    job: Job,
-    world: World,
-    ranks: Mapping[str, int],
-    data: RunData,
-    plan: Plan,
-    cache: CachePlan,
-    row_shape: tuple[int, ...],
-    modes: Mapping[str, PowerMode],
-    prefix_engine: Callable[[Plan], Engine],
-) -> tuple[ActivationCaches, CacheFill]:
-    """Open the caches of the devices that read them, and compute what is missing.
+def caches_of(
+    job: Job, wire: Wire, ranks: Mapping[str, int], data: RunData, plan: Plan, row_shape: tuple[int, ...]
+) -> ActivationCaches:
+    """Return the caches of the devices that read activations in a run, not yet open.
 
     Args:
         job: The training.
-        world: The processes.
+        wire: This rank's messages.
         ranks: Of every device of the run.
         data: The rows.
         plan: That trains from the caches.
-        cache: What computes them.
         row_shape: Of one row's activations.
-        modes: The power mode of every device of the pool.
-        prefix_engine: Makes the engine of a plan.
-
-    Returns:
-        The open caches, and what filling them took.
     """
-    num_train = data.train.num_rows
     readers = rows_read(plan, cached_batches(job.run, data.num_rows))
-    key = _key(job, data, plan)
-    caches = ActivationCaches(world.wire, ranks, readers, key, row_shape, job.run.precision)
-    missing = caches.open()
-    fill = CacheFill()
+    return ActivationCaches(wire, ranks, readers, _key(job, data, plan), row_shape, job.run.precision)
+
+
+def fill_caches(
+    caches: ActivationCaches,
+    prefix: Callable[[], Engine],
+    data: RunData,
+    modes: Mapping[str, PowerMode],
+    stop: StopRequest,
+) -> CacheFill:
+    """Open caches, compute what is missing in them until asked to stop, and return what that took.
+
+    Args:
+        caches: Of a run.
+        prefix: Makes the engine of the layers before the cached boundary; not called where nothing is missing.
+        data: The run's rows.
+        modes: The power mode of every device of the pool.
+        stop: Whether to stop.
+    """
+    missing, fill, printed_s = caches.open(), CacheFill(), 0.0
     if len(missing) == 0:
-        return caches, fill
-    engine = prefix_engine(cache.prefix)
+        return fill
+    engine, num_train, held = prefix(), data.train.num_rows, data.validation
     parts = [caches.fill(engine, missing[missing < num_train], lambda rows: numbered(data.train, rows))]
-    held = data.validation
     if held is not None:
         later = missing[missing >= num_train]
         parts.append(caches.fill(engine, later, lambda rows: numbered(held, rows - num_train, num_train)))
     for step in chain(*parts):
-        fill = _add(fill, step, modes)
-        print(f"activation cache: {fill.num_rows} of {len(missing)} rows", flush=True)
+        fill += _fill_of(step, modes)
+        if time.monotonic() - printed_s >= LINE_EVERY_S or fill.num_rows == len(missing):
+            printed_s = time.monotonic()
+            print(f"{FILLING} {fill.num_rows} of {len(missing)} rows", flush=True)
+        if stop.asked:
+            break
     engine.close()
-    return caches, fill
+    return fill
 
 
-def _add(fill: CacheFill, step: FillStep, modes: Mapping[str, PowerMode]) -> CacheFill:
-    figures = device_figures(step.step_s, step.devices, modes)
-    joules = sum(one.energy_joules for one in figures.values())
-    return CacheFill(
-        num_rows=fill.num_rows + step.num_rows,
-        seconds=fill.seconds + step.step_s,
-        energy_joules=fill.energy_joules + joules,
-    )
+def _fill_of(step: FillStep, modes: Mapping[str, PowerMode]) -> CacheFill:
+    figures = device_figures(step.step_s, step.devices, modes).values()
+    joules = sum(one.energy_joules for one in figures)
+    return CacheFill(num_rows=step.num_rows, seconds=step.step_s, energy_joules=joules)
 
 
 def _key(job: Job, data: RunData, plan: Plan) -> str:

@@ -29,6 +29,9 @@ from colledge.errors import LaunchError
 from colledge.launch.run_config import PoolConfig, RunConfig
 from colledge.records import Record
 
+LINE_EVERY_S = 2.0  # between lines of the coordinator's log about how far it is
+FILLING = "filling the activation cache:"  # such a line, before the first step
+
 
 class Generation(Record):
     """What to generate: from a prompt, with what the run of the folder `trained` trained."""

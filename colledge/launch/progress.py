@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from colledge.launch.job import OutputFolder
+from colledge.launch.job import FILLING, OutputFolder
 from colledge.report import StepMetrics
 from colledge.units import format_joules, format_seconds
 
@@ -49,6 +49,7 @@ class TrainingProgress:
 
     def __init__(self, folder: OutputFolder, steps: int, console: Console) -> None:
         self._lines, self._steps, self._console = _NewLines(folder.metrics), steps, console
+        self._log = _NewLines(folder.log("coordinator"))
         self._printed_s = time.monotonic()
         self._bar = Progress(
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
@@ -72,19 +73,25 @@ class TrainingProgress:
 
     def __call__(self) -> None:
         """Read what is new and show it."""
+        filling = [line for line in self._log.read() if line.startswith(FILLING)]
         steps = [StepMetrics.model_validate_json(line) for line in self._lines.read()]
         if not steps:
+            if filling:
+                self._show(0, filling[-1], filling[-1])
             return
         self._recent = (self._recent + steps)[-20:]
         for step in steps:
             if step.validation_loss is not None:
                 self._validation = step.validation_loss
         last = steps[-1]
+        self._show(last.step, self._figures(last), self._line(last))
+
+    def _show(self, completed: int, description: str, line: str) -> None:
         if self._console.is_terminal:
-            self._bar.update(self._task, completed=last.step, description=self._figures(last))
+            self._bar.update(self._task, completed=completed, description=description)
         elif time.monotonic() - self._printed_s > _LINE_EVERY_S:
             self._printed_s = time.monotonic()
-            self._console.print(self._line(last), highlight=False)
+            self._console.print(line, highlight=False)
 
     def _line(self, last: StepMetrics) -> str:
         return f"step {last.step}/{self._steps}  {self._figures(last)}"

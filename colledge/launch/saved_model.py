@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from colledge.models import WeightWriter
-from colledge.models.lora import peft_config, peft_name
+from colledge.models.lora import peft_config, peft_name, targets_of, with_names
 from colledge.records import write_atomically
 from colledge.settings import LoraSettings
 
@@ -55,10 +55,12 @@ def write_adapter(
         for name in _OF_THE_MODEL:
             (folder / name).unlink(missing_ok=True)
         writer = WeightWriter(folder, "adapter_model", most_bytes=None)
+        linears: set[str] = set()
         for tensors in layers:
+            linears |= targets_of(tensors)
             writer.add({peft_name(name): tensor for name, tensor in tensors.items()})
         writer.finish()
-        config = peft_config(settings)
+        config = peft_config(with_names(settings, linears))
         config.base_model_name_or_path, config.inference_mode = base, True
         config.save_pretrained(folder)
 

@@ -14,9 +14,9 @@ import torch
 
 from colledge.data import rows_for_step
 from colledge.errors import ColledgeError, ConfigError
-from colledge.launch.caching import fill_caches, numbered
+from colledge.launch.caching import caches_of, fill_caches, numbered
 from colledge.launch.inputs import load_data
-from colledge.launch.job import Job, Outcome, OutputFolder
+from colledge.launch.job import LINE_EVERY_S, Job, Outcome, OutputFolder
 from colledge.launch.learning_rate import learning_rates
 from colledge.launch.run_config import read_deepspeed
 from colledge.launch.saved_model import write_adapter, write_model
@@ -43,7 +43,6 @@ from colledge.report.trackers import TensorBoard
 from colledge.report.validation import BestSoFar, best_so_far
 from colledge.units import format_joules, format_seconds
 
-_LINE_EVERY_S = 2.0
 _DEADLINE_STEPS = (
     20  # a wait may take as long as this many predicted steps, where that is longer than the default
 )
@@ -60,22 +59,10 @@ class Training:
         )
         self._data = load_data(job.run, job.model)
         self._modes = power_modes(job, self._plan, self._pool)
-        weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
-
-        def engine(plan: Plan) -> Engine:
-            if plan.prediction is not None:
-                limit_s = _DEADLINE_STEPS * plan.prediction.step_s
-                world.wire.timeout_s = max(world.wire.timeout_s, limit_s)
-            return Engine(plan, model, weights, engine_settings(job, plan, self._pool), ranks, world.wire)
-
-        self._caches: ActivationCaches | None = None
-        if job.run.activation_cache is not None:
-            cache, data = read_json(CachePlan, self._folder.cache), self._data
-            shape = model.boundary_shape((data.train.sequence_length,))
-            modes = power_modes(job, cache.prefix, self._pool)
-            self._caches, fill = fill_caches(job, world, ranks, data, self._plan, cache, shape, modes, engine)
-            self._add_fill(fill)
-        self._engine = engine(self._plan)
+        self._model, self._ranks, self._wire = model, ranks, world.wire
+        self._weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
+        self._caches = None if job.run.activation_cache is None else self._find_caches()
+        self._engine: Engine
         self._rates = learning_rates(job.run.optimizer, job.run.steps)
         self._losses: dict[int, float] = {}  # on the validation data, by step
         self._line: StepMetrics | None = None  # of the step that is done
@@ -83,15 +70,11 @@ class Training:
         self._tracker: TensorBoard | None = None
         self._printed_s = 0.0
 
-    def _add_fill(self, fill: CacheFill) -> None:
-        """Write what filling the activation cache took, that of the run that is resumed included."""
-        path = self._folder.filled
-        if self._job.resume is not None and path.is_file():
-            fill = read_json(CacheFill, path) + fill
-        write_atomically(path, fill.to_json())
-
     def run(self, stop: StopRequest) -> None:
         """Train and validate to the end or until asked to stop; save the model or a checkpoint."""
+        if self._caches is not None:
+            self._fill(self._caches, stop)
+        self._engine = self._make_engine(self._plan)
         self._begin()
         if self._job.run.report_to == "tensorboard":
             self._tracker = TensorBoard(self._folder.tensorboard, self._engine.step + 1)
@@ -115,6 +98,27 @@ class Training:
         self._engine.close()
         if self._caches is not None:
             self._caches.close(remove=finished)
+
+    def _make_engine(self, plan: Plan) -> Engine:
+        """Give the devices their parts of a plan; a wait may last as long as some of its steps."""
+        if plan.prediction is not None:
+            limit_s = _DEADLINE_STEPS * plan.prediction.step_s
+            self._wire.timeout_s = max(self._wire.timeout_s, limit_s)
+        settings = engine_settings(self._job, plan, self._pool)
+        return Engine(plan, self._model, self._weights, settings, self._ranks, self._wire)
+
+    def _find_caches(self) -> ActivationCaches:
+        shape = self._model.boundary_shape((self._data.train.sequence_length,))
+        return caches_of(self._job, self._wire, self._ranks, self._data, self._plan, shape)
+
+    def _fill(self, caches: ActivationCaches, stop: StopRequest) -> None:
+        """Fill the activation cache, unless asked to stop; write what that took, before a resumption included."""
+        prefix, path = read_json(CachePlan, self._folder.cache).prefix, self._folder.filled
+        modes = power_modes(self._job, prefix, self._pool)
+        fill = fill_caches(caches, lambda: self._make_engine(prefix), self._data, modes, stop)
+        if self._job.resume is not None and path.is_file():
+            fill = read_json(CacheFill, path) + fill
+        write_atomically(path, fill.to_json())
 
     @property
     def _validation_due(self) -> bool:
@@ -227,7 +231,7 @@ class Training:
         if self._tracker is not None:
             self._tracker.write(line)
         now_s = time.monotonic()
-        if now_s - self._printed_s >= _LINE_EVERY_S or record.step == self._job.run.steps:
+        if now_s - self._printed_s >= LINE_EVERY_S or record.step == self._job.run.steps:
             self._printed_s = now_s
             left_s = (self._job.run.steps - record.step) * record.step_s
             print(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def attach_adapters(model: nn.Module, settings: LoraSettings) -> None:
     from peft import inject_adapter_in_model  # a second to import, and most runs need none
 
     linears = {name.rpartition(".")[2] for name, child in model.named_modules() if _is_linear(child)}
+    asked = settings.model_copy(update={"modules_to_save": ()})
     try:
         with (
             unset_fake_temporarily(),
@@ -46,7 +47,7 @@ def attach_adapters(model: nn.Module, settings: LoraSettings) -> None:
         ):  # PEFT swaps tensors: fake ones do not allow it
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # it finds the right one, and says so
             inject_adapter_in_model(
-                peft_config(settings.model_copy(update={"modules_to_save": ()})),
+                peft_config(with_names(asked, linears - _of_the_head(model))),
                 model,
                 low_cpu_mem_usage=True,
             )
@@ -78,6 +79,29 @@ def attach_adapters(model: nn.Module, settings: LoraSettings) -> None:
             factors.to(dtype)
         if settings.dropout:
             layer.lora_dropout[_ADAPTER] = RowDropout(settings.dropout, name)
+
+
+def with_names(settings: LoraSettings, linears: Iterable[str]) -> LoraSettings:
+    """Return settings with these targets in place of all-linear, where there are blocks: PEFT takes not both."""
+    if settings.targets != "all-linear" or settings.blocks is None:
+        return settings
+    return settings.model_copy(update={"targets": tuple(sorted(linears))})
+
+
+def _of_the_head(model: nn.Module) -> set[str]:
+    """Return the name of the linear that makes logits, which all-linear leaves out."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+
+
+def targets_of(names: Iterable[str]) -> set[str]:
+    """Return the names of the linears that adapters of these parameters adapt."""
+    return {
+        name.removesuffix(factor).rpartition(".")[2]
+        for name in names
+        for factor in _FACTORS
+        if name.endswith(factor)
+    }
 
 
 def peft_config(settings: LoraSettings) -> Any:

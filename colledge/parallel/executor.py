@@ -1,9 +1,9 @@
 """Runs one rank's actions of a schedule: the same object that the planner simulated, action by action.
 
-Receives are posted ahead of the action that waits for them and sends are not waited for until the step ends (or,
-where no gradient comes back to say that they were taken, until the second send after them), so bytes travel while
-this rank computes. Between unequal replica groups a micro-batch's rows go to whoever
-computes them next (in the plan's wire precision, where it has one):
+Receives are posted ahead of the action that waits for them and sends are not waited for until the step ends,
+so bytes travel while this rank computes; where no gradient comes back to say that a send was taken, the second
+send after it waits for it. Between unequal replica groups a micro-batch's rows go to whoever computes them next
+(in the plan's wire precision, where it has one):
 
     stage 0   replica 0: rows [0, 3)     replica 1: rows [3, 4)
     stage 1   replica 0: rows [0, 2)     replica 1: rows [2, 4)

@@ -77,10 +77,10 @@ class StageRunner:
         loss: On the last stage, the loss; None elsewhere.
         shard: On the last stage, which columns of the model's output this rank computes; None for all.
         recompute: Keep only the stage's input in the forward, and compute the rest again in the backward.
-        has_backward: Whether there are backwards: without, a forward keeps nothing.
-        returns_gradient: Whether a backward gives the gradient of the stage's input: something before it trains.
         rows: Which rows of a micro-batch this rank computes; by default those it is given.
         passes: How the module is run; by default as PyTorch runs it.
+        has_backward: Whether there are backwards: without, a forward keeps nothing.
+        returns_gradient: Whether a backward gives the gradient of the stage's input: something before it trains.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ from colledge.planner.memory import MemoryParts, check_memory, plan_memory
 from colledge.planner.pace import paced
 from colledge.planner.request import Baseline, PlanBounds, PlanningRequest, PlanningResult
 from colledge.planner.search import Search
-from colledge.planner.shortage import nothing_fits
+from colledge.planner.shortage import nothing_fits, question_of
 from colledge.planner.tables import find_route
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import simulate
@@ -106,6 +106,9 @@ def plan_training(
         search = Search(costs, request, devices, sizes, effort)
         known = [baseline.plan for baseline in baselines if baseline.plan is not None]
         best = search.run([*known, *(seed.alone() for seed in seeds)])
+        if best is None and request.zero is not None:  # replicas may fit that hold state and compute nothing
+            closest = question_of([pool.device(id) for id in devices], model, request).closest()
+            best = search.run([closest.plan] if closest.plan is not None else [])
         if best is not None:
             break
     else:

@@ -208,9 +208,7 @@ class Exact:
         edges = np.array(cuts)
         step_s, joules = np.zeros(len(cuts)), np.zeros(len(cuts))
         firsts = self._first_backward(edges)
-        for first in np.unique(
-            firsts
-        ):  # what runs backwards is the same for all cuts that are bounded together
+        for first in np.unique(firsts):  # under cuts that are bounded together, the same stages run backwards
             some = firsts == first
             arrays = [StageBounds(*stage[:, some]) for stage in stages]
             step_s[some], joules[some] = self._bound(layout, size, edges[some], arrays, watts[some])

@@ -50,6 +50,7 @@ def explain(
     reasons = estimates(best, request, costs)
     reasons.append(_choice(best, bounds, request))
     reasons += rounding(best, model.precision)
+    reasons += _division(best)
     reasons += _one_machine(best, families, request, costs)
     reasons += limit_sentences(limits, best, pool)
     reasons += _forwards_only(best, model)
@@ -100,6 +101,24 @@ def _forwards_only(plan: Plan, model: ModelProfile) -> list[str]:
     stages = f"stages {enumerate_names([str(s) for s in range(first)])} run" if first > 1 else "stage 0 runs"
     name = model.layers[model.first_trained].name
     return [f"Nothing trains before {name}, so {stages} forwards only and no gradients travel there."]
+
+
+def _division(plan: Plan) -> list[str]:
+    """Return what the replicas of each stage divide under ZeRO, where a stage has several."""
+    several = [stage for stage in plan.stages if len(stage.replicas) > 1]
+    if plan.zero is None or not several:
+        return []
+    what = ("optimizer state", "optimizer state and gradients", "optimizer state, gradients and parameters")
+    text = f"Replicas divide {what[plan.zero - 1]} (ZeRO stage {plan.zero}"
+    if plan.backend is not None:
+        return [f"{text} of backend {plan.backend}), in equal parts."]
+    parts = (
+        f"{replica.shards[k].device} {share:.0%}"
+        for stage in several
+        for k in range(stage.num_shards)
+        for replica, share in zip(stage.replicas, stage.state_shares(k), strict=True)
+    )
+    return [f"{text}) by the memory that each has left for it: {', '.join(parts)}."]
 
 
 def _one_machine(

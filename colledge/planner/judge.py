@@ -101,7 +101,7 @@ class Judge:
         return plan.model_copy(update={"stages": stages, "zero": request.zero, "backend": request.backend})
 
     def _make_stage(self, draft: StageDraft, depth: int) -> Stage:
-        return self.memory.divided_stage(make_stage(draft), depth, draft.recompute, self.pool)
+        return self.memory.divided_stage(make_stage(draft), depth, draft.recompute, self._devices)
 
     def worth_judging(self, draft: Draft, best: Score, objective: Objective) -> bool:
         """Return whether a draft's lower bound leaves a chance that it is better; small drafts are simply judged."""

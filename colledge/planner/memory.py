@@ -19,6 +19,9 @@ from colledge.units import format_bytes
 _Number = TypeVar("_Number", float, Array)
 
 _LEAST_BYTES = 1e-9  # of a sample: a layer may keep nothing
+# What DeepSpeed 0.19 was seen to hold on CPUs beside its parts, for each byte that trains: gradients as they arrive,
+# as they add up and as they are reduced, flattened copies (benchmarks/memory.py, 12 and 51 million parameters).
+_DEEPSPEED_COPIES: Mapping[ZeroStage, float] = {1: 3.0, 2: 3.0, 3: 5.0}
 # As parallel/executor.py holds: receives posted ahead, and sends not yet taken. A forward send is held until its
 # gradient is back; where none comes back, the second send before it is waited for.
 _BUFFERS_EACH_WAY = 2
@@ -189,10 +192,11 @@ class MemoryModel:
 
     def equal_shares(self, num_replicas: int) -> Shares:
         """Return what each of some replicas holds where they divide it equally."""
-        if self._zero is None or num_replicas == 1:
+        zero, part = self._zero, 1 / num_replicas
+        copies = _DEEPSPEED_COPIES[zero] if zero is not None and self._backend == "deepspeed" else 0.0
+        if zero is None or (num_replicas == 1 and not copies):
             return WHOLE
-        part = 1 / num_replicas
-        return Shares(part if self._zero == 3 else 1.0, part if self._zero > 1 else 1.0, part)
+        return Shares(part if zero == 3 else 1.0, (part if zero > 1 else 1.0) + copies, part)
 
     def rough_shares(self, rooms: Sequence[int]) -> list[Shares]:
         """Return about what each replica will hold, by the bytes of room that it has."""
@@ -201,19 +205,21 @@ class MemoryModel:
             return [equal] * len(rooms)
         return [Shares(optimizer_state=max(0, room) / total) for room in rooms]
 
-    def divided(self, plan: Plan, pool: PoolProfile) -> Plan:
+    def divided(self, plan: Plan, devices: Mapping[str, DeviceProfile]) -> Plan:
         """Return a plan with `state_share`, where the native engine divides optimizer state.
 
         The shares are in proportion to the memory that each replica has left for it, so they fit if any do.
         """
         depths = plan.warmup_depths()
         stages = (
-            self.divided_stage(stage, depths[s], plan.recomputes(s), pool)
+            self.divided_stage(stage, depths[s], plan.recomputes(s), devices)
             for s, stage in enumerate(plan.stages)
         )
         return plan.model_copy(update={"stages": tuple(stages)})
 
-    def divided_stage(self, stage: Stage, in_flight: int, recompute: bool, pool: PoolProfile) -> Stage:
+    def divided_stage(
+        self, stage: Stage, in_flight: int, recompute: bool, devices: Mapping[str, DeviceProfile]
+    ) -> Stage:
         """Return one stage so."""
         if self._zero is None or self._backend is not None or len(stage.replicas) == 1:
             return stage
@@ -224,7 +230,7 @@ class MemoryModel:
                 load = Load(
                     stage.layers, fraction, replica.samples, in_flight, recompute, Shares(optimizer_state=0.0)
                 )
-                device = pool.device(replica.shards[k].device)
+                device = devices[replica.shards[k].device]
                 free.append(max(0, device.memory_bytes - self.parts(load, device).total_bytes))
             total = sum(free)
             shares.append([room / total if total else 1 / len(free) for room in free])

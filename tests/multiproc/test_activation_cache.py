@@ -20,6 +20,7 @@ from colledge.models.lora import StartingValues
 from colledge.parallel import Engine, EngineSettings, OptimizerSettings
 from colledge.parallel.activation_cache import ActivationCache, cache_folder
 from colledge.parallel.caching import ActivationCaches, rows_read
+from colledge.parallel.checkpoint import checkpoint_path, load_checkpoint, save_checkpoint
 from colledge.plan import Plan
 from colledge.settings import LoraSettings
 from tests.multiproc.test_exactness import VOCABULARY, Case, _config, _start_weights
@@ -34,7 +35,6 @@ SETTINGS = EngineSettings(
     seed=7,
 )
 BLOCKS = {"llama-untied": (2,), "gpt2-tied": (1, 2)}
-TARGETS = {"llama-untied": ("q_proj", "v_proj", "down_proj"), "gpt2-tied": ("c_attn", "c_fc")}
 Trained = tuple[list[float], float, dict[str, Tensor]]
 
 
@@ -48,7 +48,7 @@ def home(workers: Workers) -> Iterator[Path]:
 
 
 def _model(name: str) -> HuggingFaceCausalLM:
-    lora = LoraSettings(rank=3, targets=TARGETS[name], blocks=BLOCKS[name], dropout=0.2)
+    lora = LoraSettings(rank=3, targets="all-linear", blocks=BLOCKS[name], dropout=0.2)
     return HuggingFaceCausalLM(_config(name).to_dict(), lora)
 
 
@@ -231,6 +231,30 @@ def test_a_later_run_computes_only_what_is_missing_or_damaged(workers: Workers, 
     trained = _train(_engine(rest, name, workers))
     again.close(remove=True)
     assert _difference(trained, _uncached(name, workers)) <= 1e-10
+
+
+def test_a_checkpoint_goes_on_with_cached_activations_and_without(workers: Workers, tmp_path: Path) -> None:
+    name = "llama-untied"
+    prefix, rest = _pairs(5, 3)["one device"]
+    whole = _plan(5, (0, 5), _stage((0, 5), (4, {"d1": 1.0})))
+    caches = _caches(rest, workers, f"{RUN}-checkpoint")
+    filling = _engine(prefix, name, workers)
+    list(caches.fill(filling, caches.open(), _batch))
+    filling.close()
+    losses = []
+    for plan, steps, before in (
+        (rest, range(2), None),
+        (whole, range(2, 4), 2),
+        (rest, range(4, NUM_STEPS), 4),
+    ):
+        engine = _engine(plan, name, workers)
+        if before is not None:
+            load_checkpoint(engine, checkpoint_path(tmp_path, before), 5)
+        losses += [engine.train_step(_batch(_steps()[step])).loss for step in steps]
+        save_checkpoint(engine, tmp_path, 5, {})
+        engine.close()
+    caches.close(remove=True)
+    assert losses == pytest.approx(_uncached(name, workers)[0], rel=1e-10)
 
 
 def test_a_damaged_row_is_never_read(tmp_path: Path) -> None:

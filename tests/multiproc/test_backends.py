@@ -222,6 +222,10 @@ def _run_file(folder: Path, **keys: Any) -> Path:
         ({"backend": "deepspeed", "deepspeed": {"zero_stage": 2, "config": "ds.json"}}, "zero_stage"),
         ({"backend": "fairscale", "precision": "bfloat16"}, "float32"),
         ({"backend": "fairscale", "method": "lora"}, "whole models"),
+        ({"backend": "fairscale", "zero": 1}, "zero is for backend: native"),
+        ({"zero": 2}, "zero"),
+        ({"zero": True}, "zero"),
+        ({"zero": 1, "optimizer": {"name": "sgd"}}, "sgd without momentum has none"),
         (
             {"backend": "deepspeed", "deepspeed": {"zero_stage": 2}, "checkpoint_every": 5},
             "keeps no checkpoints",

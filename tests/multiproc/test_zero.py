@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from colledge.errors import PlanError
+from colledge.launch.planning import request_of
+from colledge.launch.run import divided
+from colledge.launch.run_config import load_run
 from colledge.parallel import Engine, EngineSettings, Message
 from colledge.parallel.backends import check_backend_plan
 from colledge.parallel.engine import command
 from colledge.plan import Plan
 from tests.multiproc import test_lora
+from tests.multiproc.test_backends import _run_file
 from tests.multiproc.test_exactness import (
     OPTIMIZERS,
     PLANS,
@@ -153,3 +158,31 @@ def test_shares_that_do_not_sum_to_one_are_refused() -> None:
         _divided(PLANS["data"], {"d0": 0.5, "d1": 0.4})
     with pytest.raises(ValueError, match="or none"):
         _divided(PLANS["data"], {"d0": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("run", "given", "said"),
+    [
+        ({"zero": 1}, {}, None),
+        ({"backend": "deepspeed", "deepspeed": {"zero_stage": 3}}, {}, None),
+        ({"backend": "fairscale"}, {"zero": 1, "backend": "fairscale"}, None),
+        ({}, {"zero": 1}, "the run has no zero for backend native"),
+        (
+            {"backend": "fairscale"},
+            {"zero": 1},
+            "zero: 1 for backend native, the run has zero: 1 for backend f",
+        ),
+    ],
+)
+def test_a_given_plan_divides_what_the_run_says(
+    run: dict[str, Any], given: dict[str, Any], said: str | None, tmp_path: Path
+) -> None:
+    asked = load_run(_run_file(tmp_path, **run))
+    plan = PLANS["data"].model_copy(update=given)
+    if said is not None:
+        with pytest.raises(PlanError, match=said):
+            divided(plan, asked)
+        return
+    request = request_of(asked)
+    found = divided(plan, asked)
+    assert (found.zero, found.backend) == (request.zero, request.backend) != (None, None)

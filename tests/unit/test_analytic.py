@@ -124,6 +124,10 @@ def saved_bytes(runner: StageRunner, microbatch: int, x: Tensor, *, backward: bo
     return sum(sizes.values())
 
 
+def own_parameters(model: HuggingFaceCausalLM, parameters: dict[str, Tensor], layer: int) -> list[Tensor]:
+    return [parameters[name] for name in model.layer_parameters(layer)]
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN2], ids=lambda config: config.model_type)
 def test_the_engine_keeps_what_the_profile_says(config: PreTrainedConfig, recompute: bool) -> None:
@@ -141,6 +145,30 @@ def test_the_engine_keeps_what_the_profile_says(config: PreTrainedConfig, recomp
     kept = saved_bytes(runner, 1, x, backward=recompute) - weights
     said = samples * sum(layer.saved_bytes_per_sample for layer in analytic(config).layers[1:])
     assert said == pytest.approx(kept, rel=0.1)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda config: config.model_type)
+def test_the_engine_keeps_nothing_below_the_first_layer_that_trains(config: PreTrainedConfig) -> None:
+    last_block = config.num_hidden_layers - 1
+    targets = ("q_proj", "down_proj") if config.model_type == "llama" else ("c_attn", "c_proj")
+    lora = LoraSettings(rank=RANK, targets=targets, blocks=(last_block,))
+    model, layers, samples = structure(config, lora), analytic(config, lora=lora).layers, 4
+    first = last_block + 1
+    assert model.first_trained == analytic(config, lora=lora).first_trained == first
+    for start, stop in ((1, first), (1, len(layers)), (first, len(layers))):
+        module, parameters = model.build_stage((start, stop), torch.float32)
+        for parameter in parameters.values():
+            torch.nn.init.normal_(parameter, std=0.02)
+        loss = LOSSES["causal_lm"] if stop == len(layers) else None
+        flags = {"has_backward": stop > first, "returns_gradient": start > first}
+        runner = StageRunner(module, loss, False, None, **flags)
+        runner.begin_step(samples * SEQUENCE)
+        kept = saved_bytes(runner, 0, torch.randn(samples, SEQUENCE, HIDDEN), backward=False)
+        weights = sum(
+            p.numel() * FLOAT for i in range(first, stop) for p in own_parameters(model, parameters, i)
+        )
+        said = samples * sum(layer.saved_bytes_per_sample for layer in layers[max(start, first) : stop])
+        assert kept == 0 if stop == first else 0.7 * said < kept - weights <= 1.05 * said
 
 
 def test_adapters_alone_train() -> None:

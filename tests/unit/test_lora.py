@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from colledge.errors import ModelError
+from colledge.launch.saved_model import write_adapter
 from colledge.models import HuggingFaceCausalLM
+from colledge.models.lora import peft_name, targets_of
 from colledge.settings import LoraSettings
 
 LLAMA = LlamaConfig(
@@ -50,3 +56,19 @@ def test_blocks_that_train_otherwise_are_of_another_kind() -> None:
     assert model.layer_kinds == ("embedding", "block", "block.1", "block.1", "head")
     trained = [sum(model.trains(name) for name in model.layer_parameters(index)) for index in range(5)]
     assert trained == [0, 0, 4, 4, 0]  # A and B of q_proj and v_proj, PEFT's choice
+
+
+def test_all_linears_of_some_blocks_are_adapted_and_the_folder_names_them(tmp_path: Path) -> None:
+    settings = LoraSettings(rank=2, targets="all-linear", blocks=(2,))
+    structure = HuggingFaceCausalLM(LLAMA.to_dict(), settings)
+    assert {name.split(".")[2] for name in structure.adapter_shapes} == {"2"}
+    assert targets_of(structure.adapter_shapes) == set(LINEARS.split(", ")) - {"lm_head"}
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(LLAMA)
+    whole.save_pretrained(tmp_path / "model")
+    values = {name: torch.randn(shape) for name, shape in structure.adapter_shapes.items()}
+    write_adapter([values], settings, str(tmp_path / "model"), tmp_path / "model", tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(whole, tmp_path / "adapter").state_dict()
+    for name, value in values.items():
+        path = peft_name(name).replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        assert torch.equal(loaded[path], value)

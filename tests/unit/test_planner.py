@@ -30,7 +30,7 @@ from colledge.planner.exact import Exact
 from colledge.planner.judge import Judge
 from colledge.planner.layouts import compositions, depth_vectors, layouts, microbatch_sizes, proportional
 from colledge.planner.memory import Load, MemoryModel, SpanMemory
-from colledge.planner.shortage import closest
+from colledge.planner.shortage import Question
 from colledge.planner.tables import Tables, device_classes
 from colledge.profiles import ModelProfile, PoolProfile
 from colledge.schedule import ActionKind, simulate
@@ -716,7 +716,7 @@ def test_the_closest_plan_is_closest_of_all_pipelines(seed: int) -> None:
         for order in permutations(devices, count)
         for cuts in combinations(range(1, 6), count - 1)
     )
-    assert closest(devices, model, 2.0, frozenset()).lacking_bytes == least
+    assert Question(devices, model, 2.0, batch=4).closest().lacking_bytes == least
 
 
 @pytest.mark.parametrize(

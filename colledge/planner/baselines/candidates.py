@@ -41,6 +41,7 @@ class Setting:
         self.devices = tuple(d.id for d in self.pool.devices if d.id not in request.must_not_use)
         factor = request.optimizer_state_factor
         self.memory = MemoryModel(self.model, factor, request.zero, request.backend)
+        self._profiles = {device.id: device for device in self.pool.devices}
         self._needed: dict[tuple[Load, int, float], int] = {}
 
     @cached_property
@@ -98,7 +99,7 @@ class Setting:
             zero=self.request.zero,
             backend=self.request.backend,
         )
-        return self.memory.divided(plan, self.pool)
+        return self.memory.divided(plan, self._profiles)
 
     def choose(self, name: str, plans: Sequence[Plan], why_none: str) -> Baseline:
         """Return the fastest of the plans that fit in memory.
@@ -114,7 +115,7 @@ class Setting:
         plans = [plan for plan, why in zip(plans, unable, strict=True) if why is None] if unable else plans
         if not plans:
             return Baseline(name=name, why_not=f"backend {self.request.backend} cannot run it: {unable[0]}")
-        recomputing = [self.memory.divided(_recomputing(plan), self.pool) for plan in plans]
+        recomputing = [self.memory.divided(_recomputing(plan), self._profiles) for plan in plans]
         fitting: list[Plan] = []
         for some in (plans, recomputing):
             fitting = fitting or [plan for plan in some if self.lack(plan) is None]
