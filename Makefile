@@ -17,8 +17,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: install ## profile, plan, train and report on three emulated devices
 	$(BIN)/colledge demo
 
-test: install ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## the whole test suite; tests/multiproc first, so that no long file is left to the end
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ from colledge.planner.caching import CachePlan
 from colledge.records import read_json
 from colledge.report import Report, read_metrics
 from colledge.report.caching import CacheFill
-from tests.multiproc.test_cli import COLLEDGE, Failed, colledge, environment, folder, template, wait_for_steps
-
-__all__ = ["folder", "template"]
+from tests.multiproc.commands import ONE, Runs, colledge, run_here, start, wait_for_steps
 
 POOL = """\
 devices:
@@ -46,7 +43,7 @@ def _losses(output: Path) -> list[float]:
 
 
 def test_a_run_on_cached_activations_is_the_same_run(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = folder / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
@@ -54,18 +51,11 @@ def test_a_run_on_cached_activations_is_the_same_run(
     (folder / "cached.yaml").write_text(RUN)
     profiled = colledge(folder, "profile", "cached.yaml")
     assert profiled.returncode == 0, profiled.stderr
-    too_much = Failed(folder, ["train", "cached.yaml", "activation_cache={limit: 100 kB}"], capsys)
+    too_much = run_here(folder, "train", "cached.yaml", "activation_cache={limit: 100 kB}")
     assert too_much.returncode == 2
     assert "activation_cache.limit is 100 kB" in too_much.stderr
 
-    process = subprocess.Popen(
-        [COLLEDGE, "train", "cached.yaml", CACHE],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start(folder, "cached.yaml", CACHE)
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -92,15 +82,14 @@ def test_a_run_on_cached_activations_is_the_same_run(
     assert any("without" in note for note in report.notes)
     assert "activation cache" in resumed.stdout
 
-    whole = colledge(folder, "train", "cached.yaml", "output=whole", "--plan", "one.json")
-    assert whole.returncode == 0, whole.stderr
+    runs(folder / "whole", ONE, file="cached.yaml")
     assert _losses(folder / "out") == pytest.approx(_losses(folder / "whole"), rel=1e-5)
-    refused = Failed(folder, ["train", "cached.yaml", CACHE, "--plan", "one.json", "output=other"], capsys)
+    refused = run_here(folder, "train", "cached.yaml", CACHE, "--plan", "one.json", "output=other")
     assert refused.returncode == 2
     assert "needs the profiles" in refused.stderr
     (folder / "other").mkdir(exist_ok=True)
     for path in (out.pool_profile, out.model_profile):
         (folder / "other" / path.name).write_bytes(path.read_bytes())
-    refused = Failed(folder, ["train", "cached.yaml", CACHE, "--plan", "one.json", "output=other"], capsys)
+    refused = run_here(folder, "train", "cached.yaml", CACHE, "--plan", "one.json", "output=other")
     assert "the plan runs layers [0, 5), the run trains layers [3, 5)" in refused.stderr
     assert json.loads(out.report_json.read_text())["plan"]["layers"] == [3, 5]

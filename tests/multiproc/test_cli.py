@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,168 +10,70 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from colledge.launch.cli import main
 from colledge.launch.demo import make_model, standard_library_source
 from colledge.launch.inputs import load_data
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import load_pool, load_run
+from colledge.parallel.checkpoint import find_whole_checkpoint
 from colledge.records import read_json
 from colledge.report import Report, read_metrics
-
-COLLEDGE = str(Path(sys.executable).with_name("colledge"))
-POOL = """\
-devices:
-  - {id: desk, threads: 1, memory: 2 GB, power: {idle_w: 10, compute_w: 40, communicate_w: 15}}
-  - {id: lap, threads: 1, memory: 2 GB, power: {idle_w: 4, compute_w: 14, communicate_w: 6},
-     emulate: {slowdown: 2, bandwidth: 500 Mbit/s, latency: 1 ms}}
-  - {id: pi, threads: 1, memory: 2 GB, power: {idle_w: 2, compute_w: 6, communicate_w: 3}}
-"""
-RUN = """\
-model: model
-data: {train: corpus.jsonl, sequence_length: 32}
-batch: {global_size: 4}
-optimizer: {name: adamw, learning_rate: 1.0e-2, gradient_clipping: 1.0}
-steps: 6
-precision: float64
-pool: pool.yaml
-output: out
-"""
-
-
-def shard(device: str, fraction: float = 1.0) -> dict[str, object]:
-    return {"device": device, "fraction": fraction}
-
-
-def plan(*stages: tuple[tuple[int, int], list[tuple[int, list[dict[str, object]]]]]) -> dict[str, object]:
-    return {
-        "schema": "colledge/plan/1",
-        "num_layers": 5,
-        "global_batch_size": 4,
-        "microbatch_size": 2,
-        "stages": [
-            {"layers": layers, "replicas": [{"samples": n, "shards": shards} for n, shards in replicas]}
-            for layers, replicas in stages
-        ],
-    }
-
-
-ONE = plan(((0, 5), [(2, [shard("desk")])]))
-HYBRID = plan(((0, 2), [(2, [shard("desk")])]), ((2, 5), [(2, [shard("lap", 0.75), shard("pi", 0.25)])]))
-PIPELINE = plan(((0, 3), [(2, [shard("desk")])]), ((3, 5), [(2, [shard("pi")])]))
-
-
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    texts = standard_library_source(60_000)
-    make_model(folder / "model", texts, vocabulary=300, hidden_size=32, num_blocks=3)
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "pool.yaml").write_text(POOL)
-    (folder / "run.yaml").write_text(RUN)
-    for name, content in (("one", ONE), ("hybrid", HYBRID), ("pipeline", PIPELINE)):
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
-
-@pytest.fixture
-def folder(template: Path, tmp_path: Path) -> Path:
-    for path in template.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "COLLEDGE_TIMEOUT_S": "40", "OMP_NUM_THREADS": "1"}
-
-
-def colledge(folder: Path, *arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [COLLEDGE, *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        check=False,
-    )
-
-
-class Failed:
-    """How a command ended that was run inside this process, because it starts no other."""
-
-    def __init__(self, folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-        before = Path.cwd(), sys.argv
-        os.chdir(folder)
-        sys.argv = ["colledge", *arguments]
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            os.chdir(before[0])
-            sys.argv = before[1]
-        self.returncode = ended.value.code
-        self.stderr = capsys.readouterr().err
-
-
-def processes_of(folder: Path) -> list[psutil.Process]:
-    """The processes of a run in a folder: those that name it, and every worker below its agents."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "cwd"]):
-        if process.info["cwd"] == str(folder) and process.pid != os.getpid():
-            found.append(process)
-    return found
-
-
-def assert_one_line(result: subprocess.CompletedProcess[str] | Failed, *wanted: str) -> None:
-    assert result.returncode != 0
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("colledge: ")
-    assert "Fix: " in lines[0]
-    for text in wanted:
-        assert text in lines[0], lines[0]
-
+from tests.multiproc.commands import (
+    HYBRID,
+    ONE,
+    PIPELINE,
+    POOL,
+    Runs,
+    assert_one_line,
+    colledge,
+    environment,
+    processes_of,
+    run_here,
+    shard,
+    start,
+    wait_for_steps,
+)
 
 # -- the same result under any plan --------------------------------------------------------------------------------
 
 
-def test_one_device_and_hybrid_give_the_same_losses(folder: Path) -> None:
-    losses, validated = {}, {}
+def figures(metrics: Path) -> tuple[list[float], dict[int, float | None]]:
+    """Return the losses of a run, and those on its validation data by step."""
+    lines = read_metrics(metrics)
+    return [line.loss for line in lines], {
+        line.step: line.validation_loss for line in lines if line.validation_s
+    }
+
+
+def test_a_hybrid_run_has_the_losses_of_one_device(folder: Path, runs: Runs) -> None:
     validation = ["data.validation_split=0.2", "evaluate_every=4"]
-    for name in ("one", "hybrid"):
-        result = colledge(
-            folder, "train", "run.yaml", "--plan", f"{name}.json", f"output=out-{name}", *validation
-        )
-        assert result.returncode == 0, result.stderr
-        metrics = read_metrics(folder / f"out-{name}" / "metrics.jsonl")
-        losses[name] = [line.loss for line in metrics]
-        validated[name] = {line.step: line.validation_loss for line in metrics if line.validation_s}
-        for line in (line for line in metrics if line.validation_s):
-            assert line.validation_joules is not None
-            assert (
-                10 + 4 + 2 < line.validation_joules / line.validation_s < 40 + 14 + 6
-            )  # all idle, all computing
-    assert len(losses["one"]) == 6
-    assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
-    assert losses["one"][-1] < losses["one"][0]
-    out = folder / "out-hybrid"
-    report = read_json(Report, out / "report.json")
+    result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", *validation)
+    assert result.returncode == 0, result.stderr
+    out = OutputFolder(folder / "out")
+    one = runs(folder / "one", ONE, *validation)
+    for line in (line for o in (out, one) for line in read_metrics(o.metrics) if line.validation_s):
+        assert line.validation_joules is not None
+        all_idle, all_computing = 10 + 4 + 2, 40 + 14 + 6
+        assert all_idle < line.validation_joules / line.validation_s < all_computing
+    (losses, validated), (wanted, wanted_validated) = figures(out.metrics), figures(one.metrics)
+    assert len(wanted) == 6
+    assert losses == pytest.approx(wanted, rel=1e-9)
+    assert losses[-1] < losses[0]
+    report = read_json(Report, out.report_json)
     assert report.measured.devices["lap"].compute_s > 0
-    assert "<html" in (out / "report.html").read_text()[:500]
-    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert "<html" in out.report_html.read_text()[:500]
+    model = AutoModelForCausalLM.from_pretrained(out.model)
     assert model.config.num_hidden_layers == 3
-    assert list(validated["one"]) == [4, 6]
-    assert validated["hybrid"] == pytest.approx(validated["one"], rel=1e-9)
-    assert report.validation[-1].loss == validated["hybrid"][6]
+    assert list(wanted_validated) == [4, 6]
+    assert validated == pytest.approx(wanted_validated, rel=1e-9)
+    assert report.validation[-1].loss == validated[6]
     theirs = loss_by_the_library(model, folder, validation)
-    assert theirs == pytest.approx(validated["one"][6], rel=1e-6)  # its norms are of float32
+    assert theirs == pytest.approx(validated[6], rel=1e-6)  # its norms are of float32
     assert not processes_of(folder)
 
 
@@ -187,7 +88,7 @@ def loss_by_the_library(model: torch.nn.Module, folder: Path, overrides: list[st
     return float(cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100))
 
 
-def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path) -> None:
+def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path, runs: Runs) -> None:
     settings = [
         "method=lora",
         "lora.rank=4",
@@ -198,32 +99,27 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path) -> N
         "evaluate_every=6",
         "checkpoint_every=4",
     ]
-    losses = {}
-    for name in ("one", "hybrid"):
-        output = f"output=out-{name}"
-        result = colledge(folder, "train", "run.yaml", "--plan", f"{name}.json", output, *settings)
-        assert result.returncode == 0, result.stderr
-        assert f"adapter in {folder / f'out-{name}' / 'adapter'}" in result.stdout.replace("\n", "")
-        metrics = read_metrics(folder / f"out-{name}" / "metrics.jsonl")
-        losses[name] = [*(line.loss for line in metrics), metrics[-1].validation_loss]
-    assert losses["hybrid"] == pytest.approx(losses["one"], rel=1e-9)
-    assert losses["one"][5] < losses["one"][0]
-    adapter = folder / "out-hybrid" / "adapter"
+    result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", *settings)
+    assert result.returncode == 0, result.stderr
+    out = OutputFolder(folder / "out")
+    assert f"adapter in {out.adapter}" in result.stdout.replace("\n", "")
+    losses, validated = figures(out.metrics)
+    one = runs(folder / "one", ONE, *settings)
+    wanted, wanted_validated = figures(one.metrics)
+    assert losses == pytest.approx(wanted, rel=1e-9)
+    assert validated == pytest.approx(wanted_validated, rel=1e-9)
+    assert losses[5] < losses[0]
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
-    assert loss_by_the_library(base, folder, settings) > losses["one"][-1] + 0.1
-    loaded = PeftModel.from_pretrained(base, adapter)
+    assert loss_by_the_library(base, folder, settings) > (validated[6] or 0.0) + 0.1
+    loaded = PeftModel.from_pretrained(base, out.adapter)
     assert Path(str(loaded.peft_config["default"].base_model_name_or_path)) == (folder / "model").resolve()
-    assert loss_by_the_library(loaded, folder, settings) == pytest.approx(losses["one"][-1], rel=1e-6)
-    assert not (folder / "out-hybrid" / "model").exists()
-    resumed = colledge(
-        folder, "train", "run.yaml", "--plan", "hybrid.json", "output=out-one", "--resume", "auto", *settings
-    )
-    assert resumed.returncode == 0, resumed.stderr
-    assert "checkpoint-4" in resumed.stdout
-    metrics = read_metrics(folder / "out-one" / "metrics.jsonl")
-    assert [*(line.loss for line in metrics), metrics[-1].validation_loss] == pytest.approx(
-        losses["one"], rel=1e-9
-    )
+    assert loss_by_the_library(loaded, folder, settings) == pytest.approx(validated[6], rel=1e-6)
+    assert not out.model.exists()
+    assert find_whole_checkpoint(one.path)[0] == one.path / "checkpoint-4"
+    runs(one.path, HYBRID, *settings, resume=True)
+    resumed, resumed_validated = figures(one.metrics)
+    assert resumed == pytest.approx(wanted, rel=1e-9)
+    assert resumed_validated == pytest.approx(wanted_validated, rel=1e-9)
 
 
 def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:
@@ -245,7 +141,7 @@ def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:
 
 
 def test_dry_run_starts_nothing(folder: Path) -> None:
-    result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", "--dry-run")
+    result = run_here(folder, "train", "run.yaml", "--plan", "hybrid.json", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "ready to train 6 steps" in result.stdout
     assert not (folder / "out" / "metrics.jsonl").exists()
@@ -254,28 +150,8 @@ def test_dry_run_starts_nothing(folder: Path) -> None:
 # -- interruption --------------------------------------------------------------------------------------------------
 
 
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    path = folder / "out" / "metrics.jsonl"
-    deadline_s = time.monotonic() + 60
-    while not path.is_file() or len(path.read_bytes().splitlines()) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline_s, "the run did not begin"
-        time.sleep(0.05)
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COLLEDGE, "train", "run.yaml", *arguments],
-        cwd=folder,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path) -> None:
-    process = start(folder, "--plan", "pipeline.json", "steps=5000")
+def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path, runs: Runs) -> None:
+    process = start(folder, "run.yaml", "--plan", "pipeline.json", "steps=5000")
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -290,17 +166,13 @@ def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path) -> 
         folder, "train", "run.yaml", "--plan", "one.json", "--resume", "auto", f"steps={total}"
     )
     assert resumed.returncode == 0, resumed.stderr
-    undisturbed = colledge(
-        folder, "train", "run.yaml", "--plan", "one.json", f"steps={total}", "output=whole"
-    )
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    losses = [line.loss for line in read_metrics(folder / "out" / "metrics.jsonl")]
-    wanted = [line.loss for line in read_metrics(folder / "whole" / "metrics.jsonl")]
-    assert losses == pytest.approx(wanted, rel=1e-9)
+    losses, _ = figures(folder / "out" / "metrics.jsonl")
+    undisturbed = runs(folder / "whole", ONE, f"steps={total}")
+    assert losses == pytest.approx(figures(undisturbed.metrics)[0], rel=1e-9)
 
 
 def test_killed_launcher_stops_the_run_with_a_checkpoint(folder: Path) -> None:
-    process = start(folder, "--plan", "one.json", "steps=100000")
+    process = start(folder, "run.yaml", "--plan", "one.json", "steps=100000")
     wait_for_steps(folder, 2, process)
     process.kill()
     process.communicate(timeout=30)
@@ -311,9 +183,8 @@ def test_killed_launcher_stops_the_run_with_a_checkpoint(folder: Path) -> None:
     assert list((folder / "out").glob("checkpoint-*/state.json"))
 
 
-def test_a_checkpoint_of_another_model_is_refused(folder: Path, template: Path) -> None:
-    small = colledge(folder, "train", "run.yaml", "--plan", "one.json", "steps=3", "checkpoint_every=2")
-    assert small.returncode == 0, small.stderr
+def test_a_checkpoint_of_another_model_is_refused(folder: Path, runs: Runs) -> None:
+    runs(folder / "out", ONE, "steps=3", "checkpoint_every=2")
     make_model(
         folder / "other", standard_library_source(60_000), vocabulary=310, hidden_size=32, num_blocks=3
     )
@@ -324,7 +195,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, template: Path) 
 
 
 def test_a_killed_worker_ends_the_run_with_one_line(folder: Path) -> None:
-    process = start(folder, "--plan", "pipeline.json", "steps=5000")
+    process = start(folder, "run.yaml", "--plan", "pipeline.json", "steps=5000")
     wait_for_steps(folder, 2, process)
     victims = [p for p in processes_of(folder) if p.cmdline()[-1] == "colledge.launch.worker"]
     workers = [p for p in victims if "torchrun" not in " ".join(p.cmdline())]
@@ -404,21 +275,19 @@ BAD_PLANS = {
 
 
 @pytest.mark.parametrize("name", BAD_PLANS)
-def test_bad_plan(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_plan(folder: Path, name: str) -> None:
     content, wanted = BAD_PLANS[name]
     (folder / "bad.json").write_text(content)
-    assert_one_line(Failed(folder, ["train", "run.yaml", "--plan", "bad.json"], capsys), *wanted)
+    assert_one_line(run_here(folder, "train", "run.yaml", "--plan", "bad.json"), *wanted)
     assert not (folder / "out" / "plan.json").exists()
 
 
-def test_who_asks_for_rounding_gets_no_plan_without_and_a_plan_that_rounds_says_so(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_who_asks_for_rounding_gets_no_plan_without_and_a_plan_that_rounds_says_so(folder: Path) -> None:
     arguments = ["train", "run.yaml", "wire_precision=bfloat16", "--plan", "pipeline.json"]
     wanted = "wire_precision is bfloat16, the plan has none"
-    assert_one_line(Failed(folder, arguments, capsys), wanted)
+    assert_one_line(run_here(folder, *arguments), wanted)
     (folder / "rounded.json").write_text(changed(PIPELINE, wire_precision="bfloat16"))
-    result = colledge(folder, "train", "run.yaml", "--plan", "rounded.json", "--dry-run")
+    result = run_here(folder, "train", "run.yaml", "--plan", "rounded.json", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "between stages in bfloat16" in result.stdout
 
@@ -435,34 +304,34 @@ BAD_RUNS = {
 
 
 @pytest.mark.parametrize("name", BAD_RUNS)
-def test_bad_run(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_run(folder: Path, name: str) -> None:
     overrides, wanted = BAD_RUNS[name]
     (folder / "hollow").mkdir()
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / "hollow" / file).symlink_to(folder / "model" / file)
-    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json", *overrides], capsys)
+    result = run_here(folder, "train", "run.yaml", "--plan", "one.json", *overrides)
     assert_one_line(result, *wanted)
     assert not (folder / "out" / "metrics.jsonl").exists()
 
 
 def test_a_tracker_that_is_not_installed_is_named_with_its_package(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json", "report_to=tensorboard"], capsys)
+    result = run_here(folder, "train", "run.yaml", "--plan", "one.json", "report_to=tensorboard")
     assert_one_line(result, "pip install 'colledge[tensorboard]'")
 
 
-def test_a_folder_in_use_is_left_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_in_use_is_left_alone(folder: Path) -> None:
     with OutputFolder(folder / "out").locked():
-        result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+        result = run_here(folder, "train", "run.yaml", "--plan", "one.json")
     assert_one_line(result, "in use by another run")
     assert [path.name for path in (folder / "out").iterdir()] == [".lock"]
 
 
-def test_an_earlier_checkpoint_is_not_hidden(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_checkpoint_is_not_hidden(folder: Path) -> None:
     (folder / "out" / "checkpoint-7").mkdir(parents=True)
-    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+    result = run_here(folder, "train", "run.yaml", "--plan", "one.json")
     assert_one_line(result, "checkpoint-7", "--resume auto")
 
 
@@ -475,11 +344,11 @@ BAD_DATA = {
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
-def test_bad_data(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_data(folder: Path, name: str) -> None:
     content, wanted = BAD_DATA[name]
     (folder / "corpus-bad.jsonl").write_text(content)
     arguments = ["train", "run.yaml", "--plan", "one.json", "data.train=corpus-bad.jsonl"]
-    result = Failed(folder, arguments, capsys)
+    result = run_here(folder, *arguments)
     assert_one_line(result, *wanted)
 
 
@@ -490,12 +359,12 @@ def test_port_taken(folder: Path) -> None:
         port = taken.getsockname()[1]
         (folder / "pool.yaml").unlink()
         (folder / "pool.yaml").write_text(f"coordinator: {{port: {port}}}\n{POOL}")
-        result = colledge(folder, "train", "run.yaml", "--plan", "one.json")
+        result = run_here(folder, "train", "run.yaml", "--plan", "one.json")
     assert_one_line(result, str(port), "coordinator.port")
     assert not processes_of(folder)
 
 
-def test_plan_without_memory_names_device_and_bytes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_without_memory_names_device_and_bytes(folder: Path) -> None:
     out = folder / "out"
     out.mkdir()
     layers = [
@@ -529,7 +398,7 @@ def test_plan_without_memory_names_device_and_bytes(folder: Path, capsys: pytest
     (out / "pool-profile.json").write_text(
         json.dumps({"schema": "colledge/pool-profile/1", "devices": devices})
     )
-    result = Failed(folder, ["train", "run.yaml", "--plan", "one.json"], capsys)
+    result = run_here(folder, "train", "run.yaml", "--plan", "one.json")
     assert result.returncode == 3
     assert_one_line(result, "'desk'", "20", "2 GB")
 
@@ -553,7 +422,7 @@ def test_demo_profiles_plans_trains_and_reports(tmp_path: Path) -> None:
     assert report.bounds.step_s <= report.prediction.step_s
     assert {"single", "data", "pipeline", "tensor"} <= set(report.families)
 
-    printed = colledge(tmp_path, "report", str(out), "--json")
+    printed = run_here(tmp_path, "report", str(out), "--json")
     assert json.loads(printed.stdout)["measured"]["step_s"] == report.measured.step_s
     profiles = [
         "--pool-profile",
@@ -561,7 +430,7 @@ def test_demo_profiles_plans_trains_and_reports(tmp_path: Path) -> None:
         "--model-profile",
         str(out / "model-profile.json"),
     ]
-    planned = colledge(
+    planned = run_here(
         tmp_path, "plan", *profiles, "--global-batch-size", "8", "--objective", "time", "--json"
     )
     answer = json.loads(planned.stdout)
@@ -573,5 +442,5 @@ def test_init_writes_files_that_load(tmp_path: Path) -> None:
     assert colledge(tmp_path, "init").returncode == 0
     assert load_run(tmp_path / "run.yaml").batch.global_size == 16
     assert load_pool(tmp_path / "pool.yaml").devices[0].host == "local"
-    again = colledge(tmp_path, "init")
+    again = run_here(tmp_path, "init")
     assert_one_line(again, "is there already")

@@ -7,7 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,84 +15,19 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from colledge.errors import ColledgeError, ConfigError
-from colledge.launch.job import Job, Outcome, OutputFolder
-from colledge.launch.run_config import load_pool, load_run
-from colledge.launch.stop import StopRequest
-from colledge.launch.training import Training
+from colledge.launch.job import Outcome, OutputFolder
 from colledge.models import HuggingFaceCausalLM
-from colledge.parallel import Engine, EngineSettings, OptimizerSettings, World
+from colledge.parallel import Engine, EngineSettings, OptimizerSettings
 from colledge.parallel.checkpoint import find_whole_checkpoint, read_state, save_checkpoint
 from colledge.plan import Plan
 from colledge.records import read_json
 from colledge.report import StepMetrics, read_metrics
-from tests.multiproc.test_cli import (  # noqa: F401  (fixtures)
-    HYBRID,
-    ONE,
-    PIPELINE,
-    assert_one_line,
-    colledge,
-    folder,
-    template,
-)
+from tests.multiproc.commands import HYBRID, ONE, PIPELINE, Runs, assert_one_line, run_here
 from tests.multiproc.test_exactness import Case, _config, _start_weights, make_batch
 from tests.multiproc.workers import Workers
 
 VALIDATION = ("data.validation_split=0.2", "data.sequence_length=64")
 SCHEDULE = ("optimizer.schedule=cosine", "optimizer.warmup_steps=2")
-
-
-class StopAfter:
-    """Asks to stop once a step is in metrics.jsonl."""
-
-    def __init__(self, metrics: Path, step: int) -> None:
-        self._metrics, self._step = metrics, step
-
-    @property
-    def asked(self) -> bool:
-        done = read_metrics(self._metrics)[-1].step if self._metrics.is_file() else 0
-        return done >= self._step
-
-
-class Runs:
-    """Trains in this process, on the session's workers."""
-
-    def __init__(self, folder: Path, workers: Workers) -> None:  # noqa: F811
-        self._folder, self._wire = folder, workers.wire
-
-    def __call__(
-        self,
-        output: Path,
-        plan: dict[str, Any],
-        *overrides: str,
-        resume: bool = False,
-        stop_after: int | None = None,
-    ) -> OutputFolder:
-        run = load_run(self._folder / "run.yaml", [*overrides, f"output={output}"])
-        pool = load_pool(run.pool)
-        devices = [device.id for device in pool.devices]
-        out = OutputFolder(output)
-        out.create()
-        out.plan.write_text(json.dumps(plan))
-        job = Job(
-            kind="train",
-            run=run,
-            pool=pool,
-            model=self._folder / "model",
-            devices=tuple(devices),
-            output=output,
-            resume=find_whole_checkpoint(output)[0] if resume else None,
-        )
-        ranks = {id: rank for rank, id in enumerate(devices, start=1)}
-        world = World(0, len(devices) + 1, cast(Any, None), self._wire)
-        training = Training(job, world, ranks, HuggingFaceCausalLM.from_directory(job.model))
-        stop = StopAfter(out.metrics, 10**9 if stop_after is None else stop_after)
-        training.run(cast(StopRequest, stop))
-        return out
-
-
-@pytest.fixture
-def runs(folder: Path, workers: Workers) -> Runs:  # noqa: F811
-    return Runs(folder, workers)
 
 
 def steps_of(lines: list[StepMetrics]) -> list[int]:
@@ -165,7 +100,7 @@ OVERFITTING = (  # the validation loss soon rises
 
 
 @pytest.fixture
-def overfitting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def overfitting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text().splitlines())
     (folder / "little.txt").write_text(text[:400])
     (folder / "held.txt").write_text(text[20_000:22_000])
@@ -229,20 +164,20 @@ def test_a_lost_best_checkpoint_is_said_and_looked_for_anew(
 
 def test_a_damaged_checkpoint_is_passed_over_in_words(
     runs: Runs,
-    folder: Path,  # noqa: F811
+    folder: Path,
 ) -> None:
     out = runs(folder / "out", ONE, "steps=5", "checkpoint_every=2")
     assert checkpoints(out) == {2, 4}
     (out.path / "checkpoint-4" / "head.safetensors").write_bytes(b"")
     resume = ("train", "run.yaml", "--plan", "one.json", "--resume", "auto", "steps=6", "--dry-run")
-    result = colledge(folder, *resume)
+    result = run_here(folder, *resume)
     assert result.returncode == 0, result.stderr
     assert "checkpoint-4/head.safetensors: its SHA-256 is" in result.stdout
     assert "going on from" in result.stdout
     assert "checkpoint-2" in result.stdout
     (out.path / "checkpoint-2" / "state.json").unlink()
     assert_one_line(
-        colledge(folder, *resume), "no checkpoint is whole", "head.safetensors", "state.json: no such"
+        run_here(folder, *resume), "no checkpoint is whole", "head.safetensors", "state.json: no such"
     )
     with pytest.raises(ConfigError, match="no checkpoint is whole"):
         find_whole_checkpoint(out.path)
