@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import torch
+from transformers import get_scheduler
 
 from colledge.settings import OptimizerSettings
 
+_NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+
 
 def learning_rates(settings: OptimizerSettings, steps: int) -> list[float]:
-    """Return the rate of each of `steps` steps: those of `transformers.get_scheduler`, which imports all of peft."""
-    return [settings.learning_rate * _factor(settings, step, steps) for step in range(steps)]
-
-
-def _factor(settings: OptimizerSettings, step: int, steps: int) -> float:
-    warmup = settings.warmup_steps
-    if step < warmup:
-        return step / warmup
-    decay_steps = max(1, steps - warmup)
-    match settings.schedule:
-        case "constant":
-            return 1.0
-        case "linear":
-            return (steps - step) / decay_steps
-        case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / decay_steps)))
+    """Return the rate of each of `steps` steps, as `transformers.get_scheduler` gives it."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)
+    scheduler = get_scheduler(_NAMES[settings.schedule], optimizer, settings.warmup_steps, steps)
+    (factor,) = scheduler.lr_lambdas
+    return [settings.learning_rate * factor(step) for step in range(steps)]
