@@ -75,6 +75,12 @@ class LoraSettings(Record):
     modules_to_save: tuple[str, ...] = ()
     blocks: tuple[int, ...] | None = Field(default=None, min_length=1)
 
+    def costs_as(self, other: LoraSettings) -> bool:
+        """Return whether adapters of other settings take the same time and memory."""
+        free = {"alpha", "dropout"}  # numbers alone; whether something is dropped takes time
+        alike = self.model_dump(exclude=free) == other.model_dump(exclude=free)
+        return alike and (self.dropout > 0) == (other.dropout > 0)
+
 
 class DeepSpeedSettings(Record):
     """How DeepSpeed shards: a stage of ZeRO (Rajbhandari et al., arXiv 1910.02054), or a configuration file."""

@@ -94,6 +94,8 @@ def _check_profiles(
         seen = f"their rows have {model.sequence_length} tokens, the run's {run.data.sequence_length}"
     elif model.precision not in (None, run.precision):
         seen = f"they are of {model.precision}, the run trains in {run.precision}"
+    elif not trains_the_same(run, model):
+        seen = "they are of another method, or of other adapters"
     elif config.is_catalog and config.catalog_profile() != pool:
         seen = f"{run.pool} has changed since"
     if seen:
@@ -101,6 +103,13 @@ def _check_profiles(
             f"the profiles in {run.output} are not of this run: {seen}.",
             fix=f"run `colledge profile {path}` again.",
         )
+
+
+def trains_the_same(run: RunConfig, model: ModelProfile) -> bool:
+    """Return whether a profile is of a model that is trained whole, or of such adapters, as the run says."""
+    if run.adapters is None or model.lora is None:
+        return run.adapters is None and model.lora is None
+    return run.adapters.costs_as(model.lora)
 
 
 def from_profiles(

@@ -417,6 +417,7 @@ class _Profiler:
             precision=self._training.precision,
             mixed_precision=self._model.spec.mixed_precision,
             frozen_precision=self._model.spec.frozen_precision,
+            lora=self._model.spec.lora,
         )
         for line in noise_warnings(pool, profile):
             self._say(line)

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 
 from rich.console import Console
@@ -46,7 +45,7 @@ from colledge.report.html import render
 from colledge.report.tables import comparison_table
 from colledge.report.trackers import check_tracker
 from colledge.schedule import simulate
-from colledge.settings import ITEM_BYTES, Emulation
+from colledge.settings import Emulation
 from colledge.units import format_seconds
 
 
@@ -277,6 +276,12 @@ def divided(plan: Plan, run: RunConfig) -> Plan:
             f"{'no zero' if zero is None else f'zero: {zero}'} for backend {run.backend}.",
             fix="plan again, take zero and backend out of the plan, or make the run agree.",
         )
+    shares = [place.shard.device for place in plan.places() if place.shard.state_share is not None]
+    if zero is None and shares:
+        raise PlanError(
+            f"the plan gives {shares[0]!r} a state_share, and the run divides no optimizer state.",
+            fix="set zero: 1 in run.yaml, or take state_share out of the plan.",
+        )
     return plan.model_copy(update={"zero": zero, "backend": backend})
 
 
@@ -293,21 +298,9 @@ def read_profiles(inputs: Inputs) -> tuple[PoolProfile, ModelProfile] | None:
         and model.precision in (None, inputs.run.precision)
         and model.mixed_precision == inputs.run.mixed_precision
         and model.frozen_precision == inputs.run.frozen_precision
-        and _trains_the_same(inputs, model)
+        and planning.trains_the_same(inputs.run, model)
     )
     return profiles if same else None
-
-
-def _trains_the_same(inputs: Inputs, profile: ModelProfile) -> bool:
-    """Return whether a profile is of a model that is trained whole, or of these very adapters, as the run says."""
-    trained = [layer.trainable_parameter_bytes for layer in profile.layers]
-    if inputs.run.adapters is None:
-        return trained == [layer.parameter_bytes for layer in profile.layers]
-    model, item_bytes = inputs.model, ITEM_BYTES[inputs.run.precision]
-    return trained == [
-        item_bytes * sum(prod(s) for n, s in model.layer_parameters(index).items() if model.trains(n))
-        for index in range(len(model.layer_names))
-    ]
 
 
 def check_plan(chosen: Plan, inputs: Inputs) -> None:

@@ -72,6 +72,7 @@ def model_profile_from_config(
         precision=precision,
         mixed_precision=model.spec.mixed_precision,
         frozen_precision=model.spec.frozen_precision,
+        lora=model.spec.lora,
     )
 
 

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from colledge.profiles.device import Source
 from colledge.records import Record
-from colledge.settings import NarrowPrecision, Precision
+from colledge.settings import LoraSettings, NarrowPrecision, Precision
 
 
 class TensorProfile(Record):
@@ -74,7 +74,8 @@ class ModelProfile(Record):
     from the configuration alone (`modelled`). Timings are always measured; a device kind without any is timed
     from FLOPs and the rates of its power mode. `precision` is that of parameters and activations; None is unknown.
     `mixed_precision` is that of products, `frozen_precision` that of frozen weights in memory, where they differ.
-    `input_bytes_per_sample` is what the first layer takes, where that is activations and not tokens.
+    `lora` are the adapters that train, None all weights. `input_bytes_per_sample` is what the first layer takes, where
+    that is activations and not tokens.
     """
 
     schema_tag: Literal["colledge/model-profile/1"] = Field(alias="schema")
@@ -86,6 +87,7 @@ class ModelProfile(Record):
     precision: Precision | None = None
     mixed_precision: NarrowPrecision | None = None
     frozen_precision: NarrowPrecision | None = None
+    lora: LoraSettings | None = None
     input_bytes_per_sample: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

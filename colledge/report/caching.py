@@ -61,8 +61,8 @@ class CacheSaving(Record):
     def sentences(self) -> tuple[str, ...]:
         """Return it in words."""
         said = (
-            f"Filling the activation cache with {self.fill.num_rows} rows took {format_seconds(self.fill.seconds)} and "
-            f"{format_joules(self.fill.energy_joules)}; these are in no figure of a step."
+            f"Computing {self.fill.num_rows} rows for the activation cache took {format_seconds(self.fill.seconds)} and "
+            f"{format_joules(self.fill.energy_joules)} (rows that were lost since, again); these are in no figure of a step."
         )
         if self.without_s is None or self.without_joules is None:
             return (said,)

@@ -11,6 +11,7 @@ from colledge.errors import ConfigError, PlanError
 from colledge.launch import planning
 from colledge.launch.job import OutputFolder
 from colledge.launch.planning import PlanningInputs
+from colledge.launch.run_config import RunConfig
 from colledge.launch.whatif import WhatIf, apply_what_if
 from colledge.planner import PlanningRequest, plan_training, predict
 from colledge.planner.caching import CachePlan, plan_cache, prefix_layers
@@ -18,6 +19,7 @@ from colledge.profiles import ModelProfile, PoolProfile
 from colledge.records import read_json
 from colledge.report.caching import CacheFill, CacheSaving
 from colledge.schedule import ActionKind, plan_schedule
+from colledge.settings import LoraSettings
 from tests.unit.test_plan_report import model, pool
 
 __all__ = ["model", "pool"]
@@ -129,6 +131,28 @@ def test_savings_count_what_filling_took() -> None:
     assert fill == CacheFill(num_rows=8, seconds=2, energy_joules=20)
     saving = CacheSaving(fill=fill, with_s=8, with_joules=120, without_s=16, without_joules=100)
     said = saving.sentences()
-    assert "8 rows took 2 s and 20 J" in said[0]
+    assert "8 rows for the activation cache took 2 s and 20 J" in said[0]
     assert "50 % less of the time and 20 % more of the energy" in said[1]
     assert len(CacheSaving(fill=fill, with_s=8, with_joules=120).sentences()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"lora": LoraSettings(blocks=(3,), alpha=2)}, True),
+        ({"lora": LoraSettings(blocks=(2, 3))}, False),
+        ({"lora": LoraSettings(blocks=(3,), rank=9)}, False),
+        ({"lora": LoraSettings(blocks=(3,), dropout=0.1)}, False),
+        ({"lora": None}, False),
+        ({"lora": None, "method": "full"}, False),
+    ],
+)
+def test_profiles_of_other_adapters_are_of_another_run(
+    changes: dict[str, object], same: bool, frozen: ModelProfile
+) -> None:
+    values = {"model": "m", "data": {"train": "a.txt"}, "pool": "p.yaml", "method": "lora"}
+    run = RunConfig.model_validate({**values, "lora": LoraSettings(blocks=(3,)), **changes})
+    profile = frozen.model_copy(update={"lora": LoraSettings(blocks=(3,))})
+    assert planning.trains_the_same(run, profile) == same
+    assert planning.trains_the_same(run, frozen) == (run.method == "full")
