@@ -62,8 +62,8 @@ class CacheSaving(Record):
         """Return it in words."""
         took = f"{format_seconds(self.fill.seconds)} and {format_joules(self.fill.energy_joules)}"
         said = (
-            f"Computing {self.fill.num_rows} rows for the activation cache took {took} (rows that were lost since, again); "
-            "these are in no figure of a step."
+            f"Computing {self.fill.num_rows} rows for the activation cache took {took} (those that were lost since, "
+            "again); these are in no figure of a step."
         )
         if self.without_s is None or self.without_joules is None:
             return (said,)

@@ -28,8 +28,8 @@ method: lora
 lora: {rank: 4, blocks: [2], dropout: 0.1}
 batch: {global_size: 4}
 optimizer: {name: adamw, learning_rate: 1.0e-2, gradient_clipping: 1.0}
-steps: 240
-evaluate_every: 80
+steps: 120
+evaluate_every: 40
 objective: time
 pool: small.yaml
 output: out

@@ -231,7 +231,7 @@ def executor(wire_precision: str | None, device: str, wire: FakeWire) -> Executo
 def test_bytes_travel_in_the_plans_wire_precision(wire_precision: str | None, dtype: torch.dtype) -> None:
     x = torch.full((2, 3), 1 + 2**-10)
     first = FakeWire()
-    assert list(executor(wire_precision, "a", first).infer(1, x, {}, (3,))) == []
+    assert list(executor(wire_precision, "a", first).infer(1, lambda _: x, {}, (3,))) == []
     assert [(rows.dtype, rows.shape) for rows in first.sent] == [(dtype, (2, 3))]
     assert torch.equal(first.sent[0], x.to(dtype))
     last = FakeWire(1.5)
