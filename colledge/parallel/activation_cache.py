@@ -168,11 +168,7 @@ class ActivationCache:
         """Delete the rows."""
         for name in ("activations", "index"):
             (self.folder / name).unlink(missing_ok=True)
-        for folder in (
-            self.folder,
-            self.folder.parent,
-            self.folder.parent.parent,
-        ):  # the key's, that of all keys
+        for folder in (self.folder, *self.folder.parents[:2]):  # the device's, the key's, that of all keys
             try:
                 folder.rmdir()
             except OSError:  # others are there

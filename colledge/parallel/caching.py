@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,17 +153,18 @@ class ActivationCaches:
     def _messages(self, prefix: Engine, rows: Tensor, batch: Batch) -> dict[str, Message]:
         """Return what every device does for some rows, the first of a batch: computes, gives away, takes."""
         computing = prefix.prefix_messages(Batch(batch.inputs, {}))
-        agreed = {"boundary": list(self._row_shape), "precision": self._precision}
-        messages = {
-            device: Message(
-                {"command": "fill_cache", "rank": self._ranks[device], "give": [], "take": []}
-                | {"expected_s": {}}
-                | (computing[device].fields if device in computing else {})
-                | agreed,
-                dict(computing[device].tensors) if device in computing else {},
-            )
-            for device in {*computing, *self._readers}
-        }
+        messages = {}
+        for device in {*computing, *self._readers}:
+            own = computing.get(device, Message({"command": "fill_cache"}))
+            agreed: dict[str, Any] = {
+                "boundary": list(self._row_shape),
+                "precision": self._precision,
+                "rank": self._ranks[device],
+                "give": [],
+                "take": [],
+                "expected_s": {},
+            }
+            messages[device] = Message(own.fields | agreed, dict(own.tensors))
         plan = prefix.plan
         for place in plan.places():
             if place.stage_index < plan.num_stages - 1 or place.shard_index > 0:

@@ -7,7 +7,8 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from colledge.data import Rows, rows_for_step
 from colledge.data.batch import ROW, Batch
 from colledge.errors import DeviceError
+from colledge.launch.caching import fill_caches
+from colledge.launch.inputs import RunData
+from colledge.launch.stop import StopRequest
 from colledge.models import HuggingFaceCausalLM
 from colledge.models.lora import StartingValues
 from colledge.parallel import Engine, EngineSettings, OptimizerSettings
@@ -284,6 +288,19 @@ def test_a_checkpoint_goes_on_with_cached_activations_and_without(workers: Worke
         engine.close()
     caches.close(remove=True)
     assert losses == pytest.approx(_uncached(name, workers)[0], rel=1e-10)
+
+
+def test_filling_stops_when_asked_and_goes_on_later(workers: Workers) -> None:
+    prefix, rest = _pairs(5, 3)["one device"]
+    asked, data, numbers = SimpleNamespace(asked=True), RunData(_rows()), []
+    for remove in (False, True):
+        caches = _caches(rest, workers, f"{RUN}-stopped")
+        fill = fill_caches(
+            caches, lambda: _engine(prefix, "llama-untied", workers), data, {}, cast(StopRequest, asked)
+        )
+        numbers.append(fill.num_rows)
+        caches.close(remove)
+    assert numbers == [GLOBAL, NUM_ROWS - GLOBAL]
 
 
 def test_a_damaged_row_is_never_read(tmp_path: Path) -> None:
