@@ -41,6 +41,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="key=value changes to the file, such as seed=1.", show_default=False),
 ]
+PrintCommands = Annotated[
+    bool,
+    typer.Option("--print-commands", help="Print the torchrun line of each process; start nothing."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
 
 
@@ -226,9 +230,7 @@ def train(
         str | None, typer.Option(help="auto: go on from the last checkpoint.", show_default=False)
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Check everything, start nothing.")] = False,
-    print_commands: Annotated[
-        bool, typer.Option(help="Print the torchrun line of each process; start nothing.")
-    ] = False,
+    print_commands: PrintCommands = False,
 ) -> None:
     """Train under a plan, then compare what was predicted with what was measured."""
     from colledge.launch import run
@@ -397,11 +399,15 @@ def federate_simulate(
     migrate: Annotated[
         float, typer.Option(help="Share of the leaves that moves in every round.", min=0, max=1)
     ] = 0.0,
+    print_commands: PrintCommands = False,
 ) -> None:
-    """Run all nodes on this machine, in virtual time."""
+    """Run all nodes on this machine, and the devices of their pools, in virtual time."""
     from colledge.launch import federate
 
     federation = federate.read_federation(federation_file, overrides or [])
+    if print_commands:
+        typer.echo(federate.simulation_commands(federation, migrate))
+        return
     federate.simulate(federation, _console(), migrate)
     federate.report(federation.config.output, _console())
 
@@ -431,14 +437,13 @@ def federate_provision(
 
 @federate_app.command("serve")
 def federate_serve(
-    federation_file: FederationFile, overrides: Overrides = None, credentials: Credentials = None
+    federation_file: FederationFile,
+    overrides: Overrides = None,
+    credentials: Credentials = None,
+    print_commands: PrintCommands = False,
 ) -> None:
     """Run the root of a real federation, here; it goes on where it stopped."""
-    from colledge.launch import federate
-
-    federation = federate.read_federation(federation_file, overrides or [])
-    folder = credentials or federation_file.parent / "credentials"
-    federate.run_node(federation, federation.tree.root, folder / federation.tree.root)
+    _run_node(federation_file, overrides, None, None, credentials, print_commands)
 
 
 @federate_app.command("join")
@@ -450,12 +455,29 @@ def federate_join(
         str | None, typer.Option(help="Another parent than the file's, from now on.", show_default=False)
     ] = None,
     credentials: Credentials = None,
+    print_commands: PrintCommands = False,
 ) -> None:
     """Run a node below the root of a real federation, here; it goes on where it stopped."""
+    _run_node(federation_file, overrides, node, parent, credentials, print_commands)
+
+
+def _run_node(
+    path: Path,
+    overrides: list[str] | None,
+    node: str | None,
+    parent: str | None,
+    credentials: Path | None,
+    print_commands: bool,
+) -> None:
     from colledge.launch import federate
 
-    folder = credentials or federation_file.parent / "credentials"
-    federate.run_node(federate.read_federation(federation_file, overrides or []), node, folder / node, parent)
+    federation = federate.read_federation(path, overrides or [])
+    id = node or federation.tree.root
+    own = (credentials or path.parent / "credentials") / id
+    if print_commands:
+        typer.echo(federate.node_commands(federation, id, own, parent))
+    else:
+        federate.run_node(federation, id, own, parent)
 
 
 @federate_app.command("report")

@@ -29,7 +29,7 @@ from colledge.launch.federated_pools import (
 )
 from colledge.launch.job import OutputFolder
 from colledge.launch.progress import ProfilingProgress
-from colledge.launch.rendezvous import Supervisor
+from colledge.launch.rendezvous import Supervisor, write_commands
 from colledge.launch.stop import StopRequest
 from colledge.parallel import World
 from colledge.records import read_json, write_atomically
@@ -99,6 +99,24 @@ def simulate(federation: Federation, console: Console, migrate: float = 0.0) -> 
         Supervisor(job).run(progress)
 
 
+def simulation_commands(federation: Federation, migrate: float = 0.0) -> str:
+    """Return the lines that start a simulation with pools by hand, one for each process.
+
+    Raises:
+        ConfigError: No node trains on a pool.
+    """
+    return _commands(simulation_job(federation, migrate))
+
+
+def _commands(job: FederationJob | None) -> str:
+    if job is None:
+        raise ConfigError(
+            "--print-commands, and nothing here trains on a pool: there is one process to start.",
+            fix="leave it out.",
+        )
+    return write_commands(job)
+
+
 def _simulate(
     federation: Federation,
     console: Console,
@@ -107,14 +125,16 @@ def _simulate(
     on_round: Sequence[RoundHook] = (),
 ) -> None:
     simulation = make_simulation(federation, console, trainer_for)
-    simulation.on_round += [_RoundLines(console), *on_round]
+    lines = _RoundLines(console)
+    simulation.on_round += [lines, *on_round]
     if migrate:
         simulation.on_round.append(Migration(federation.tree, migrate, federation.config.seed))
     folder, facts = federation.config.output, federation.facts(simulated=True)
     records = simulation.run()
+    lines.show(simulation)  # the last round, which no other follows
     write_atomically(folder / FACTS, facts.to_json())
-    lines = "".join(record.model_dump_json(exclude_none=True) + "\n" for record in records)
-    write_atomically(folder / LINES, lines)
+    text = "".join(record.model_dump_json(exclude_none=True) + "\n" for record in records)
+    write_atomically(folder / LINES, text)
 
 
 class _Stopping:
@@ -136,11 +156,14 @@ class _RoundLines:
 
     def __call__(self, simulation: Simulation, round_index: int) -> None:
         if simulation.records:
-            last = simulation.records[-1]
-            accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.4f}"
-            self._console.print(
-                f"round {last.round}{accuracy}, after {format_seconds(last.ended_s)}", highlight=False
-            )
+            self.show(simulation)
+
+    def show(self, simulation: Simulation) -> None:
+        last = simulation.records[-1]
+        accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.4f}"
+        self._console.print(
+            f"round {last.round}{accuracy}, after {format_seconds(last.ended_s)}", highlight=False
+        )
 
 
 def report(folder: Path, console: Console, target: float | None = None) -> FederationReport:
@@ -267,16 +290,30 @@ def run_node(federation: Federation, id: NodeId, credentials: Path, parent: Node
         ConfigError: There is no such node, it may not move there, or its certificate is not valid.
         ColledgeError: The federation cannot go on.
     """
-    config = federation.nodes.get(id)
-    if config is None:
-        raise ConfigError(f"there is no node {id!r}.", fix=f"use one of {', '.join(federation.nodes)}.")
-    if parent is not None and parent != config.parent and parent not in config.may_move_to:
-        raise ConfigError(f"{id!r} may not move to {parent!r}.", fix="add it to the node's may_move_to.")
+    _check_place(federation, id, parent)
     job = node_job(federation, id, credentials, parent)
     if job is None:
         _serve(federation, id, credentials, parent, federation.device_trainer, StopRequest())
     else:
         Supervisor(job).run()
+
+
+def node_commands(federation: Federation, id: NodeId, credentials: Path, parent: NodeId | None = None) -> str:
+    """Return the lines that start a node on a pool by hand, one for each process; as `run_node`.
+
+    Raises:
+        ConfigError: As `run_node`; or the node trains on one device.
+    """
+    _check_place(federation, id, parent)
+    return _commands(node_job(federation, id, credentials, parent))
+
+
+def _check_place(federation: Federation, id: NodeId, parent: NodeId | None) -> None:
+    config = federation.nodes.get(id)
+    if config is None:
+        raise ConfigError(f"there is no node {id!r}.", fix=f"use one of {', '.join(federation.nodes)}.")
+    if parent is not None and parent != config.parent and parent not in config.may_move_to:
+        raise ConfigError(f"{id!r} may not move to {parent!r}.", fix="add it to the node's may_move_to.")
 
 
 def _serve(

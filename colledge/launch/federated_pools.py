@@ -114,7 +114,7 @@ def _together(pools: Mapping[NodeId, PoolConfig]) -> PoolConfig:
     """Return the devices of some nodes' pools as one pool.
 
     Raises:
-        ConfigError: A device is in two of them, elsewhere or from the catalog, or they meet at different coordinators.
+        ConfigError: A device is in two of them or from the catalog, or they meet at different coordinators.
     """
     first, owners = next(iter(pools)), dict[str, NodeId]()
     for id, pool in pools.items():
@@ -129,11 +129,6 @@ def _together(pools: Mapping[NodeId, PoolConfig]) -> PoolConfig:
                 fix="give their pool.yaml the same coordinator.",
             )
         for device in pool.devices:
-            if device.host != "local":
-                raise ConfigError(
-                    f"nodes: device {device.id!r} of {id!r} is on another machine, which colledge does not start yet.",
-                    fix="list devices of the node's own machine in its pool.yaml.",
-                )
             if device.id in owners:
                 raise ConfigError(
                     f"nodes: device {device.id!r} is in the pools of {owners[device.id]!r} and {id!r}.",

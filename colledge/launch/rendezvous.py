@@ -171,7 +171,7 @@ class Supervisor:
         if remote:
             raise LaunchError(
                 f"device {remote[0]!r} is on another machine, which colledge does not start yet.",
-                fix="start the lines of `colledge train --print-commands` by hand, one on each machine.",
+                fix="start by hand the lines that the same command with --print-commands prints, one on each machine.",
             )
         self._agents = plan_agents(job, choose_port(job.pool))
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -213,7 +213,7 @@ class Supervisor:
         for agent in self._agents:
             log = self._folder.log(agent.name)
             log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("wb") as output:
+            with log.open("ab" if self._job.kind == "node" else "wb") as output:  # a node comes back
                 self._processes.append(
                     subprocess.Popen(
                         agent.command,

@@ -118,6 +118,22 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *wanted: str) -> N
         assert text in lines[0], lines[0]
 
 
+def start_by_hand(folder: Path, printed: str, count: int) -> list[str]:
+    """Start the torchrun lines that --print-commands printed, each in a shell; return what they print."""
+    lines = [line for line in printed.splitlines() if line and not line.startswith("#")]
+    assert len(lines) == count
+    assert all("torchrun" in line and "--nproc-per-node=1" in line for line in lines)
+    started = [
+        subprocess.Popen(
+            line, shell=True, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for line in lines
+    ]
+    outputs = [process.communicate(timeout=90)[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0] * count, outputs
+    return outputs
+
+
 def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
     path = folder / "out" / "metrics.jsonl"
     deadline_s = time.monotonic() + 60

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -31,11 +30,11 @@ from tests.multiproc.commands import (
     Runs,
     assert_one_line,
     colledge,
-    environment,
     processes_of,
     run_here,
     shard,
     start,
+    start_by_hand,
     wait_for_steps,
 )
 
@@ -125,17 +124,7 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path, runs
 def test_printed_lines_started_by_hand_train_the_same(folder: Path) -> None:
     printed = colledge(folder, "train", "run.yaml", "--plan", "pipeline.json", "--print-commands")
     assert printed.returncode == 0, printed.stderr
-    lines = [line for line in printed.stdout.splitlines() if line and not line.startswith("#")]
-    assert len(lines) == 3
-    assert all("torchrun" in line and "--nproc-per-node=1" in line for line in lines)
-    started = [
-        subprocess.Popen(
-            line, shell=True, cwd=folder, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for line in lines
-    ]
-    outputs = [process.communicate(timeout=90)[0].decode() for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], outputs
+    start_by_hand(folder, printed.stdout, 3)
     assert len(read_metrics(folder / "out" / "metrics.jsonl")) == 6
     assert (folder / "out" / "model" / "model.safetensors").is_file()
 
