@@ -62,14 +62,15 @@ class TestSet:
     entering: Entrance = as_they_are
 
     def __call__(self, strategy: Strategy, round_index: int) -> float | None:
-        """Return the accuracy, or None in a round without a look, or where the rows alone do not do."""
+        """Return the accuracy, or None in a round without a look, without labels, or where rows alone do not do."""
         if round_index != self.last and (self.every is None or round_index % self.every):
             return None
         logits = strategy.predict(self.entering(self.data.inputs))
         if logits is None:
             return None
         labels = aligned(self.data.labels)
-        return float((logits.argmax(-1) == labels)[labels != IGNORED].double().mean())
+        right = (logits.argmax(-1) == labels)[labels != IGNORED]
+        return float(right.double().mean()) if len(right) else None
 
 
 class Federation:

@@ -10,6 +10,7 @@ colledge federate join     ── coordinator: one node  ─── the devices o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,7 @@ from colledge.launch.job import Launch, OutputFolder
 from colledge.launch.profiling import profile_pool
 from colledge.launch.run_config import DeviceConfig, PoolConfig, load_pool
 from colledge.models import LayeredModel
+from colledge.models.layered import DTYPES
 from colledge.parallel import Wire
 from colledge.plan import Plan, read_plan
 from colledge.planner import PlanningRequest, plan_training
@@ -239,16 +241,25 @@ class PoolPlanner:
         return read_plan(plan) if read_json(PlanningRequest, asked) == request else None
 
     def _profiles(self, num_layers: int) -> tuple[PoolProfile, ModelProfile] | None:
-        """Return the profiles in the folder if they are of this pool, of so many layers, and as nodes train now."""
+        """Return the profiles in the folder if they are of this pool and model, of so many layers, and of such rows.
+
+        A model counts as the same by its name in federation.yaml: ECLM's sub-models share profiles.
+        """
         profiles = planning.read_profiles(self._folder)
         if profiles is None:
             return None
         pool, model = profiles
+        precision = self._federation.config.local.precision
+        row = (
+            model.input_bytes_per_sample // DTYPES[precision].itemsize or model.sequence_length
+        )  # its numbers
         modes = {device.id: device.modes for device in pool.devices}
         same = (
             modes == {device.id: (device.power_mode(),) for device in self._devices}
             and len(model.layers) == num_layers
-            and model.precision == self._federation.config.local.precision
+            and model.name == self._federation.nodes[self._id].model
+            and model.precision == precision
+            and prod(self._federation.modality.row_shape) == row
         )
         return profiles if same else None
 

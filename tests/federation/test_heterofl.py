@@ -173,6 +173,36 @@ def test_a_child_that_is_no_slice_is_refused_in_one_line(tmp_path: Path, child: 
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "fits"), [(2, 1, True), (1, 1, False), (4, 2, False), (2, 2, False)]
+)
+def test_a_slice_does_not_cut_into_heads(tmp_path: Path, heads: int, kv_heads: int, fits: bool) -> None:
+    llama = {
+        "architecture": "llama",
+        "hidden": 32,
+        "intermediate": 16,
+        "heads": 4,
+        "kv_heads": 2,
+        "blocks": 1,
+    }
+    narrow = {**llama, "hidden": 16, "intermediate": 8, "heads": heads, "kv_heads": kv_heads}
+    for index, text in enumerate(Path(__file__).read_text(encoding="utf-8")[:2400].split("\n\n")):
+        (tmp_path / f"{index}.txt").write_text(text)
+    loaded = made(
+        tmp_path,
+        HETEROFL,
+        [{"id": "cloud", "model": "wide"}, {"id": "end", "parent": "cloud", "model": "narrow"}],
+        models={"wide": llama, "narrow": narrow},
+        data={"source": str(tmp_path), "text": {"sequence_length": 16}, "limit": 40},
+        rounds={"count": 1},
+    )
+    if fits:
+        assert run(loaded).records[-1].node == "cloud"
+        return
+    with pytest.raises(ConfigError, match=r"'end': attention heads are .* and 8 with 2 at its parent's"):
+        run(loaded)
+
+
 def test_answers_that_are_no_slice_are_refused(tmp_path: Path) -> None:
     simulation = run(made(tmp_path, HETEROFL, FLAT))
     root, good = strategy(simulation, "cloud"), strategy(simulation, "end-1").answer()

@@ -35,6 +35,13 @@ Shape = tuple[int, ...]
 Shapes = dict[str, Shape]  # of a model's tensors, by name
 
 
+class _Task(Record):
+    """Channels of an attention head, and queries to a key, where there are heads: a slice must not cut into them."""
+
+    head_width: int | None = None
+    queries_to_a_key: int | None = None
+
+
 class _Slice(Record):
     """A leading slice of a model, and how many samples trained it."""
 
@@ -67,12 +74,20 @@ class HeteroFL(Averaging):
 
         Raises:
             MessageError: A number is not finite.
-            ConfigError: The parent's model is narrower, or of another architecture.
+            ConfigError: The parent's model is narrower, of another architecture, or has other attention heads.
         """
         self._trained = ()
         super().receive(round_index, None if task is None else self._own_slice(task))
 
     def _own_slice(self, task: Payload) -> Payload:
+        heads, theirs = self._heads(), task.parse(_Task)
+        if heads != theirs:
+            raise ConfigError(
+                f"{self._node.id!r}: attention heads are {heads.head_width} wide here, with {heads.queries_to_a_key} "
+                f"queries to a key, and {theirs.head_width} with {theirs.queries_to_a_key} at its parent's; "
+                "narrower models have fewer heads, not other ones.",
+                fix="keep hidden / heads and heads / kv_heads as the parent has them.",
+            )
         own = shapes_of(self._weights)
         given = shapes_of(task.tensors)
         strange = [n for n in sorted(own.keys() | given.keys()) if not _is_within(own.get(n), given.get(n))]
@@ -88,7 +103,15 @@ class HeteroFL(Averaging):
     def task(self, child: NodeId) -> Payload:
         """Return a child's slice of this node's model; all of it to a new child."""
         shapes = self._children.get(child, shapes_of(self._weights))
-        return Payload({}, {name: leading(self._weights[name], shape) for name, shape in shapes.items()})
+        tensors = {name: leading(self._weights[name], shape) for name, shape in shapes.items()}
+        return Payload(self._heads().model_dump(mode="json"), tensors)
+
+    def _heads(self) -> _Task:
+        sizes = self._node.model.spec.config
+        if sizes["architecture"] != "llama":
+            return _Task()
+        heads = sizes["heads"]
+        return _Task(head_width=sizes["hidden"] // heads, queries_to_a_key=heads // sizes["kv_heads"])
 
     def check(self, child: NodeId, answer: Payload) -> None:
         """Check that an answer is a leading slice of this model, and what trained of it.
