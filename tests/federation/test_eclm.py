@@ -38,7 +38,7 @@ from colledge.federation.rounds import RoundSettings
 from colledge.federation.simulation import Link, Simulated, Simulation
 from colledge.federation.strategies.eclm import ECLM, Budget, ECLMSettings
 from colledge.federation.strategy import Device, Self
-from colledge.federation.trainer import DeviceTrainer
+from colledge.federation.trainer import DeviceTrainer, forward_flops
 from colledge.federation.tree import Tree
 from colledge.models import SequentialModel, initial_weights
 from colledge.models.modular import Modular, gate_weights, module_of
@@ -473,6 +473,18 @@ def cut(balance: float, enhance: float | None = None) -> tuple[Selector, Labelle
         selector.head.bias.view(2, 6)[:, :2] += 3.0  # it begins collapsed: two modules of six take all
     train_offline(model, initial_weights(model.spec, 0), selector, 2, public, settings, 0)
     return selector, public
+
+
+def test_selector_and_offline_stage_count_as_work() -> None:
+    public, parts, _ = digits()
+    world = World(STAR, {"a": parts[0], "b": parts[1]}, public, rounds=1)
+    flops = {one.node: one.flops for one in world.simulation.run()}
+    gates = 2 * (64 * 32 + 32 * 2 * 6)  # pixels to hidden, hidden to the modules of two blocks
+    assert [flops[id] for id in "ab"] == [part.num_rows * gates for part in parts[:2]]  # in the first round
+    whole = SequentialModel({"architecture": "modular", "base": CNN, "modules": 6, "top_k": 2, "width": 0.25})
+    rows = (("gates", (2, 6)), ("pixels", (1, 8, 8)))
+    a_row = forward_flops(whole.spec.to_json(), (0, len(whole.layer_names)), rows)
+    assert flops["cloud"] == 3 * (6 + 2) * public.num_rows * (a_row + gates)
 
 
 def test_balance_mends_a_collapse_that_is_seen_without_it() -> None:

@@ -10,8 +10,7 @@ so that gates travel with the rows and a sub-model trains anywhere. Every node o
 sub-models from its own. What all sub-models share is averaged by samples, as in FedAvg (ours).
 
 What a child lacks are tensors whose values are not those that it has. So when its data shift, it gets the modules that
-it had not, and of the others those that neighbours changed. Work beside a `Trainer` is not metered: the offline stage,
-and the selector, some thousandths of a model.
+it had not, and of the others those that neighbours changed.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from colledge.federation.learning import LocalSettings, local_batches, weighted_
 from colledge.federation.message import MessageError, Payload
 from colledge.federation.offline import OfflineSettings, train_offline
 from colledge.federation.strategy import Self, Strategy
-from colledge.federation.trainer import forward_flops
+from colledge.federation.trainer import forward_flops, module_flops
 from colledge.federation.transport import NodeId
 from colledge.models import SequentialModel, initial_weights
 from colledge.models.layered import DTYPES
@@ -175,7 +174,7 @@ class ECLM(Strategy):
         self._holds = held is not None and self._take(held, task)
         data = self._node.data
         if data is not None and self._selector is not None:
-            gates = self._selector.gates(data.inputs)
+            gates = self._gates(data.inputs)
             self._importance = gates.softmax(-1).double().mean(0).numpy()
             self._samples = data.num_rows
 
@@ -264,10 +263,7 @@ class ECLM(Strategy):
         data = self._node.data
         if data is None or not self._holds:
             return
-        assert self._selector is not None
-        gated = Labelled(
-            {**data.inputs, GATES: self._selector.gates(data.inputs)}, data.labels, data.num_classes
-        )
+        gated = Labelled({**data.inputs, GATES: self._gates(data.inputs)}, data.labels, data.num_classes)
         names = (self._node.seed, self._node.id, self._round)
         self._loss = self._node.trainer.train(local_batches(gated, self._local, names)).loss
         self._weights = self._node.trainer.weights()
@@ -288,6 +284,13 @@ class ECLM(Strategy):
         """Drop what is known of a child."""
         self._children.pop(child, None)
 
+    def _gates(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the selector's logits for some rows."""
+        assert self._selector is not None
+        x = inputs[self._selector.input_name]
+        with self._node.trainer.beside(len(x) * module_flops(self._selector, x[:1])):
+            return self._selector.gates(inputs)
+
     # -- sub-models ----------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -303,12 +306,14 @@ class ECLM(Strategy):
         self._set(self._all_modules(), weights)
 
     def _offline_flops(self, public: Labelled) -> float:
-        """Return the operations of both stages at the cloud, but for the selector's few."""
+        """Return the operations of both stages at the cloud."""
         rows = {name: tuple(tensor.shape[1:]) for name, tensor in public.inputs.items()}
         rows[GATES] = (self._modular.num_blocks, self._modular.modules)
         layers = (0, len(self._whole.layer_names))
         a_row = forward_flops(self._whole.spec.to_json(), layers, tuple(sorted(rows.items())))
         epochs = self._settings.offline.epochs + self._settings.offline.enhance_epochs
+        assert self._selector is not None
+        a_row += module_flops(self._selector, public.inputs[self._modular.input_name][:1])
         return 3.0 * epochs * public.num_rows * a_row
 
     def _all_modules(self) -> Held:
@@ -440,7 +445,7 @@ class ECLM(Strategy):
         """Return the logits of this node's sub-model for some rows; None as long as it holds none."""
         if self._selector is None or self._held is None:
             return None
-        return self._node.trainer.predict({**inputs, GATES: self._selector.gates(inputs)})
+        return self._node.trainer.predict({**inputs, GATES: self._gates(inputs)})
 
     @property
     def loss(self) -> float | None:
