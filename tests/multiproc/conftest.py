@@ -28,8 +28,8 @@ def workers() -> Iterator[Workers]:
     yield world
     world.close()
     torch.set_num_threads(threads)
-    left = [process.pid for process in world.processes if process.poll() is None]
-    assert not left, f"workers {left} did not end"
+    codes = [process.exitcode for process in world.processes]
+    assert codes == [0] * 4, f"workers did not end as asked: {codes}"
 
 
 @pytest.fixture(scope="session")

@@ -35,12 +35,6 @@ SINK_TAG = 77
 _active: list[Any] = []
 
 
-class FaultyWorkers(Workers):
-    """`count` workers that take the commands of this module, on loopback; this process is rank 0."""
-
-    module = "tests.multiproc.faulty_worker"
-
-
 class _NoReduce:
     """Stands in for an all-reduce that never happened."""
 
@@ -172,7 +166,6 @@ def _sleep(message: Message, wire: Wire) -> Message:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     handlers = {"inject": _inject, "echo": _echo, "babble": _babble, "sink": _sink, "sleep": _sleep}
     handlers |= {"watch": _watch, "seen": _seen}
     try:
@@ -183,5 +176,7 @@ def main() -> None:
         os._exit(fault.exit_code)
 
 
-if __name__ == "__main__":
-    main()
+class FaultyWorkers(Workers):
+    """`count` workers that take the commands of this module, on loopback; this process is rank 0."""
+
+    main = staticmethod(main)

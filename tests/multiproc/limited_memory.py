@@ -1,18 +1,17 @@
-"""A script: trains a model over workers whose memory is limited by cgroups; prints what was measured as JSON.
-
-python -m tests.multiproc.limited_memory FOLDER LIMIT_BYTES NUM_DEVICES TIMEOUT_S
-"""
+"""Trains a model over workers whose memory is limited by cgroups; prints what was measured as JSON."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import LlamaConfig
@@ -104,6 +103,23 @@ def plan(num_devices: int) -> Plan:
     )
 
 
+class LimitedWorkers(Workers):
+    """Workers that load everything themselves, as all of a forked one's memory would not be its own."""
+
+    def __init__(self, cgroups: Sequence[Path], timeout_s: float) -> None:
+        self._cgroups = cgroups
+        super().__init__(len(cgroups), timeout_s)
+
+    def start(self, rank: int, environment: Mapping[str, str]) -> BaseProcess:
+        with mock.patch.dict(os.environ, environment):
+            process = multiprocessing.get_context("spawn").Process(target=self.main)
+            process.start()
+        (self._cgroups[rank - 1] / "cgroup.procs").write_text(
+            str(process.pid)
+        )  # before it has loaded anything
+        return process
+
+
 def run(folder: Path, workers: Workers, num_devices: int) -> list[dict[str, Any]]:
     """Train; return for each device the bytes that the planner reckons with and those that it held at most."""
     structure = HuggingFaceCausalLM(CONFIG.to_dict(), LoraSettings(rank=8))
@@ -145,20 +161,14 @@ def run(folder: Path, workers: Workers, num_devices: int) -> list[dict[str, Any]
     ]
 
 
-def main() -> None:
-    folder, (limit_bytes, num_devices, timeout_s) = Path(sys.argv[1]), map(int, sys.argv[2:])
-    torch.set_num_threads(1)
+def main(folder: Path, limit_bytes: int, num_devices: int, timeout_s: float) -> None:
     with ExitStack() as groups:
         paths = [groups.enter_context(limited(limit_bytes)) for _ in range(num_devices)]
-        workers = Workers(num_devices, timeout_s, paths)
+        workers = LimitedWorkers(paths, timeout_s)
         try:
             for row in run(folder, workers, num_devices):
                 print(json.dumps(row))
         finally:
             workers.close()
             for process in workers.processes:
-                process.wait(20)
-
-
-if __name__ == "__main__":
-    main()
+                process.join(20)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from colledge.parallel.backends.zero_config import complete_config
 from colledge.parallel.wire import Wire
 from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
+from tests import forked
 from tests.multiproc.test_exactness import OPTIMIZERS, Case, _model, _plan, _stage, _start_weights, make_batch
 from tests.multiproc.workers import Workers
 
@@ -87,7 +87,7 @@ def _distance(seen: dict[str, Any], wanted: dict[str, Any]) -> tuple[float, floa
     )
 
 
-def _run_all(names: list[str]) -> dict[str, tuple[float, float]]:
+def _run_all(names: list[str]) -> None:
     world, distances = Workers(3), {}
     for plan_name, plan in PLANS.items():
         native = _train([plan], world, {})
@@ -98,24 +98,14 @@ def _run_all(names: list[str]) -> dict[str, tuple[float, float]]:
         native = _train(plans, world, {})
         distances["fairscale, resumed"] = _distance(_train(plans, world, BACKENDS["fairscale"]), native)
     world.close()
-    return distances
+    print(json.dumps(distances))
 
 
 @pytest.fixture(scope="module")
 def distances() -> dict[str, tuple[float, float]]:
     """The differences from the native engine, in a world whose libraries leave nothing behind in other tests."""
-    finished = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.multiproc.test_backends",
-            *[b for b in BACKENDS if find_spec(_package(b))],
-        ],
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
+    installed = [backend for backend in BACKENDS if find_spec(_package(backend))]
+    finished = forked.run(_run_all, installed, timeout_s=150)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return {name: tuple(pair) for name, pair in json.loads(finished.stdout.splitlines()[-1]).items()}
 
@@ -254,7 +244,3 @@ def test_a_run_and_its_pool_are_checked_before_any_device_starts(
     pool = PoolConfig.model_validate({"schema": "colledge/pool/1", "devices": [{"id": "d0", **device}]})
     with pytest.raises(ConfigError, match=said):
         check_backend(load_run(_run_file(tmp_path, **backend)), pool)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_run_all(sys.argv[1:])))

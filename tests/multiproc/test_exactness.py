@@ -8,8 +8,6 @@ end the examples together must have covered everything that a plan can express.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +34,8 @@ from colledge.models.float64 import keep_float64
 from colledge.parallel import Engine, EngineSettings, Message, OptimizerSettings
 from colledge.parallel.engine import command
 from colledge.plan import Plan
+from tests import forked
+from tests.multiproc.faulty_worker import FaultyWorkers
 from tests.multiproc.workers import Workers
 
 NUM_STEPS = 20
@@ -633,10 +633,8 @@ CONTROLS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
 HARMLESS = {"nothing broken", "many small buckets"}
 
 
-def _run_controls() -> dict[str, float]:
-    """Train with each fault in this process's own world; return how far each is from the yardstick."""
-    from tests.multiproc.faulty_worker import FaultyWorkers
-
+def _run_controls() -> None:
+    """Train with each fault in this process's own world; print how far each is from the yardstick."""
     world = FaultyWorkers(2)
     differences = {}
     for name, (plan, model, faults) in CONTROLS.items():
@@ -648,18 +646,12 @@ def _run_controls() -> dict[str, float]:
         case = Case(model)
         differences[name] = train([PLANS[plan]], case, world).difference(reference(case))
     world.close()
-    return differences
+    print(json.dumps(differences))
 
 
 @pytest.fixture(scope="module")
 def control_differences() -> dict[str, float]:
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.multiproc.test_exactness"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    finished = forked.run(_run_controls, timeout_s=120)
     assert finished.returncode == 0, finished.stderr
     return dict(json.loads(finished.stdout.splitlines()[-1]))
 
@@ -679,7 +671,3 @@ def test_the_examples_covered_everything_a_plan_can_express(request: pytest.Fixt
     assert len(_plans_run["float64"]) >= 60
     assert len(_plans_run["float32"]) >= 12
     assert _covered["float64"] == FEATURES
-
-
-if __name__ == "__main__":
-    print(json.dumps(_run_controls()))

@@ -5,34 +5,19 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from colledge.models import HuggingFaceCausalLM
-from tests.multiproc.limited_memory import CONFIG, cgroups_can_limit, write_weights
+from tests import forked
+from tests.multiproc.limited_memory import CONFIG, cgroups_can_limit, main, write_weights
 
 LIMIT_BYTES = 850_000_000
 
 
-def train(folder: Path, num_devices: int, timeout_s: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "tests.multiproc.limited_memory",
-            str(folder),
-            str(LIMIT_BYTES),
-            str(num_devices),
-            str(timeout_s),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        cwd=Path(__file__).parents[2],
-    )
+def train(folder: Path, num_devices: int, timeout_s: float) -> subprocess.CompletedProcess[str]:
+    return forked.run(main, folder, LIMIT_BYTES, num_devices, timeout_s, timeout_s=120)
 
 
 @pytest.mark.skipif(not cgroups_can_limit(), reason="needs root and cgroups that limit memory")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from colledge.models.lora import StartingValues, peft_config, peft_name
 from colledge.parallel import Engine, EngineSettings, OptimizerSettings
 from colledge.plan import Plan
 from colledge.settings import LoraSettings
+from tests import forked
 from tests.multiproc.workers import Workers
 
 NUM_STEPS, BATCH_SIZE, SEQUENCE, SEED = 50, 8, 12, 3
@@ -137,6 +136,10 @@ def trainer_losses(data: Rows, folder: str, lora: LoraSettings | None) -> list[f
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
+def print_trainer_losses(folder: str) -> None:
+    print(json.dumps({name: trainer_losses(rows(), folder, lora) for name, lora in METHODS.items()}))
+
+
 def colledge_losses(data: Rows, lora: LoraSettings | None, workers: Workers) -> list[float]:
     model, weights = starting_values(lora)
     engine = Engine(PLAN, model, weights, EngineSettings(OPTIMIZER), workers.ranks, workers.wire)
@@ -155,14 +158,8 @@ def test_a_hybrid_plan_gives_the_loss_curve_of_trainer(workers: Workers, tmp_pat
         "MASTER_ADDR",
         "MASTER_PORT",
     }  # in it Trainer would look for peers of its own
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.multiproc.test_trainer_parity", str(tmp_path)],
-        env={name: value for name, value in os.environ.items() if name not in world},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    alone = {name: value for name, value in os.environ.items() if name not in world}
+    finished = forked.run(print_trainer_losses, str(tmp_path), timeout_s=120, environment=alone)
     assert finished.returncode == 0, finished.stderr
     theirs = json.loads(finished.stdout.splitlines()[-1])
     for method, lora in METHODS.items():
@@ -172,8 +169,3 @@ def test_a_hybrid_plan_gives_the_loss_curve_of_trainer(workers: Workers, tmp_pat
         assert colledge_losses(rows(), lora, workers) == pytest.approx(theirs[method], rel=0, abs=1e-4), (
             method
         )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps({name: trainer_losses(rows(), sys.argv[1], lora) for name, lora in METHODS.items()}))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from colledge.parallel.clock import Clock
 from colledge.parallel.engine import command
 from colledge.parallel.wire import Pace
 from colledge.plan import Plan
+from tests import forked
 from tests.multiproc.faulty_worker import SINK_TAG, FaultyWorkers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -58,11 +57,11 @@ def _fault(act: Callable[[], object]) -> dict[str, Any]:
 def _finish(world: FaultyWorkers, **seen: Any) -> dict[str, Any]:
     """Return what was seen, and whether the workers ended by themselves while this process still lives."""
     deadline_s = time.perf_counter() + 15
-    while any(p.poll() is None for p in world.processes) and time.perf_counter() < deadline_s:
+    while any(p.is_alive() for p in world.processes) and time.perf_counter() < deadline_s:
         time.sleep(0.05)
     return {
         **seen,
-        "codes": [process.poll() for process in world.processes],
+        "codes": [process.exitcode for process in world.processes],
         "pids": [process.pid for process in world.processes],
     }
 
@@ -175,7 +174,7 @@ def _strike(victim: str, signal_number: int, timeout_s: float) -> dict[str, Any]
 
     def strike() -> None:
         struck_s[0] = time.perf_counter()
-        process.send_signal(signal_number)
+        os.kill(process.pid or 0, signal_number)
 
     timer = threading.Timer(0.5, strike)
     timer.start()
@@ -220,15 +219,14 @@ SCENARIOS: dict[str, Callable[[], dict[str, Any]]] = {
 # -- tests ---------------------------------------------------------------------------------------------------------
 
 
+def _act(scenario: str) -> None:
+    print(json.dumps(SCENARIOS[scenario]()), flush=True)
+    os._exit(0)  # the world is broken on purpose: there is nothing to close in order
+
+
 def _run(scenario: str, code: int = 0) -> dict[str, Any]:
     """Run a scenario in its own process; afterwards no process of it may be left."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.multiproc.test_wire", scenario],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    finished = forked.run(_act, scenario, timeout_s=90)
     assert finished.returncode == code, finished.stderr
     seen: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     _, alive = psutil.wait_procs(
@@ -337,8 +335,3 @@ def test_a_real_device_is_not_slowed_down() -> None:
         assert burnt_s - begun_s <= clock.compute_s <= after_s - before_s
         endings_s.append(after_s - burnt_s)
     assert min(endings_s) < 0.0005  # nothing is slept: an emulated device ends 5 ms later and more
-
-
-if __name__ == "__main__":
-    print(json.dumps(SCENARIOS[sys.argv[1]]()), flush=True)
-    os._exit(0)  # the world is broken on purpose: there is nothing to close in order

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from unittest import mock
 
+from colledge.launch import worker
 from colledge.parallel import Message
 from colledge.parallel.world import join_world
+from tests import forked
 
 
 def free_port() -> int:
@@ -21,11 +22,11 @@ def free_port() -> int:
 
 
 class Workers:
-    """`count` device workers, ranks 1 to count, on loopback; each in a cgroup of its own where they are given."""
+    """`count` device workers, ranks 1 to count, on loopback."""
 
-    module = "colledge.launch.worker"
+    main: Callable[[], None] = staticmethod(worker.main)
 
-    def __init__(self, count: int, timeout_s: float = 60.0, cgroups: Sequence[Path] = ()) -> None:
+    def __init__(self, count: int, timeout_s: float = 60.0) -> None:
         port = free_port()
         shared = {
             "MASTER_ADDR": "127.0.0.1",
@@ -36,14 +37,8 @@ class Workers:
             "COLLEDGE_TIMEOUT_S": str(timeout_s),
         }
         self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", self.module],
-                env={**os.environ, **shared, "RANK": str(rank)},
-            )
-            for rank in range(1, count + 1)
+            self.start(rank, {**os.environ, **shared, "RANK": str(rank)}) for rank in range(1, count + 1)
         ]
-        for process, cgroup in zip(self.processes, cgroups, strict=bool(cgroups)):
-            (cgroup / "cgroup.procs").write_text(str(process.pid))  # before it has loaded anything
         try:
             with mock.patch.dict(
                 os.environ, {**shared, "RANK": "0"}
@@ -55,13 +50,15 @@ class Workers:
             raise
         self.ranks = {f"d{i}": i + 1 for i in range(count)}
 
+    def start(self, rank: int, environment: Mapping[str, str]) -> BaseProcess:
+        return forked.start(self.main, environment=environment)
+
     def close(self) -> None:
         for rank, process in enumerate(self.processes, start=1):
-            if process.poll() is None:
-                try:
+            if process.is_alive():
+                with suppress(Exception):
                     self.wire.send_message(rank, Message({"command": "shutdown"}))
                     self.wire.receive_message(rank, "shutdown", 10)
-                    process.wait(10)
-                except Exception:
-                    process.kill()
-                    process.wait()
+                    process.join(10)
+            process.kill()
+            process.join()
