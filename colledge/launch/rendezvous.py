@@ -14,13 +14,13 @@ import os
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 from types import FrameType
 from typing import Protocol
 
@@ -174,7 +174,7 @@ class Supervisor:
                 fix="start by hand the lines that the same command with --print-commands prints, one on each machine.",
             )
         self._agents = plan_agents(job, choose_port(job.pool))
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._processes: list[Popen[bytes]] = []
         self._known: dict[int, psutil.Process] = {}
 
     def run(self, on_poll: Progress | None = None) -> None:
@@ -215,12 +215,12 @@ class Supervisor:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab" if self._job.kind == "node" else "wb") as output:  # a node comes back
                 self._processes.append(
-                    subprocess.Popen(
+                    Popen(
                         agent.command,
                         env={**os.environ, **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
-                        stdin=subprocess.DEVNULL,
+                        stdin=DEVNULL,
                         stdout=output,
-                        stderr=subprocess.STDOUT,
+                        stderr=STDOUT,
                         start_new_session=True,
                     )
                 )

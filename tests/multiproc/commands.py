@@ -24,6 +24,7 @@ from colledge.launch.training import Training
 from colledge.parallel import World
 from colledge.parallel.checkpoint import find_whole_checkpoint
 from colledge.report import read_metrics
+from tests import forked
 from tests.multiproc.workers import Workers
 
 COLLEDGE = str(Path(sys.executable).with_name("colledge"))
@@ -84,6 +85,13 @@ def colledge(folder: Path, *arguments: str, timeout_s: float = 100) -> subproces
     )
 
 
+def forked_colledge(
+    folder: Path, *arguments: str, timeout_s: float = 100
+) -> subprocess.CompletedProcess[str]:
+    """Run a command whose processes are all forks, which begin at once; it is the same code otherwise."""
+    return forked.run(forked.colledge, *arguments, timeout_s=timeout_s, environment=environment(), cwd=folder)
+
+
 def run_here(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command that starts no process inside this one, which has imported everything already."""
     with (
@@ -134,13 +142,17 @@ def start_by_hand(folder: Path, printed: str, count: int) -> list[str]:
     return outputs
 
 
-def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+def wait_for_steps(folder: Path, count: int, process: subprocess.Popen[str] | forked.Forked) -> None:
     path = folder / "out" / "metrics.jsonl"
     deadline_s = time.monotonic() + 60
     while not path.is_file() or len(path.read_bytes().splitlines()) < count:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=10)
         assert time.monotonic() < deadline_s, "the run did not begin"
         time.sleep(0.05)
+
+
+def start_forked(folder: Path, *arguments: str) -> forked.Forked:
+    return forked.Forked(forked.colledge, *arguments, environment=environment(), cwd=folder)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ from colledge.planner.caching import CachePlan
 from colledge.records import read_json
 from colledge.report import Report, read_metrics
 from colledge.report.caching import CacheFill
-from tests.multiproc.commands import ONE, Runs, colledge, run_here, start, wait_for_steps
+from tests.multiproc.commands import ONE, Runs, forked_colledge, run_here, start_forked, wait_for_steps
 
 POOL = """\
 devices:
@@ -49,13 +49,13 @@ def test_a_run_on_cached_activations_is_the_same_run(
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
     (folder / "small.yaml").write_text(POOL)
     (folder / "cached.yaml").write_text(RUN)
-    profiled = colledge(folder, "profile", "cached.yaml")
+    profiled = forked_colledge(folder, "profile", "cached.yaml")
     assert profiled.returncode == 0, profiled.stderr
     too_much = run_here(folder, "train", "cached.yaml", "activation_cache={limit: 100 kB}")
     assert too_much.returncode == 2
     assert "activation_cache.limit is 100 kB" in too_much.stderr
 
-    process = start(folder, "cached.yaml", CACHE)
+    process = start_forked(folder, "train", "cached.yaml", CACHE)
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -63,7 +63,7 @@ def test_a_run_on_cached_activations_is_the_same_run(
     out = OutputFolder(folder / "out")
     filled = read_json(CacheFill, out.filled)
     assert list(home.rglob("activations"))  # kept for the run to go on
-    resumed = colledge(folder, "train", "cached.yaml", CACHE, "--resume", "auto")
+    resumed = forked_colledge(folder, "train", "cached.yaml", CACHE, "--resume", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert not list(home.rglob("index"))  # no longer needed
     assert read_json(CacheFill, out.filled) == filled  # nothing was computed twice

@@ -30,11 +30,13 @@ from tests.multiproc.commands import (
     Runs,
     assert_one_line,
     colledge,
+    forked_colledge,
     processes_of,
     run_here,
     shard,
     start,
     start_by_hand,
+    start_forked,
     wait_for_steps,
 )
 
@@ -98,7 +100,7 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path, runs
         "evaluate_every=6",
         "checkpoint_every=4",
     ]
-    result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", *settings)
+    result = forked_colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", *settings)
     assert result.returncode == 0, result.stderr
     out = OutputFolder(folder / "out")
     assert f"adapter in {out.adapter}" in result.stdout.replace("\n", "")
@@ -140,7 +142,7 @@ def test_dry_run_starts_nothing(folder: Path) -> None:
 
 
 def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path, runs: Runs) -> None:
-    process = start(folder, "run.yaml", "--plan", "pipeline.json", "steps=5000")
+    process = start_forked(folder, "train", "run.yaml", "--plan", "pipeline.json", "steps=5000")
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
@@ -151,7 +153,7 @@ def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path, run
     assert (folder / "out" / f"checkpoint-{done}" / "state.json").is_file()
 
     total = done + 3
-    resumed = colledge(
+    resumed = forked_colledge(
         folder, "train", "run.yaml", "--plan", "one.json", "--resume", "auto", f"steps={total}"
     )
     assert resumed.returncode == 0, resumed.stderr
@@ -177,7 +179,7 @@ def test_a_checkpoint_of_another_model_is_refused(folder: Path, runs: Runs) -> N
     make_model(
         folder / "other", standard_library_source(60_000), vocabulary=310, hidden_size=32, num_blocks=3
     )
-    result = colledge(
+    result = forked_colledge(
         folder, "train", "run.yaml", "--plan", "one.json", "model=./other", "--resume", "auto", "steps=5"
     )
     assert_one_line(result, "model.embed_tokens.weight", "which this model has not")
@@ -396,7 +398,7 @@ def test_plan_without_memory_names_device_and_bytes(folder: Path) -> None:
 
 
 def test_demo_profiles_plans_trains_and_reports(tmp_path: Path) -> None:
-    result = colledge(tmp_path, "demo", "--steps", "12", "--output", "demo", timeout_s=170)
+    result = forked_colledge(tmp_path, "demo", "--steps", "12", "--output", "demo", timeout_s=170)
     assert result.returncode == 0, result.stderr
     for word in ("family", "pipeline", "single", "Chosen for least energy", "predicted", "report:"):
         assert word in result.stdout

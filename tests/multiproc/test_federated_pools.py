@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,13 +26,12 @@ from colledge.launch.run_config import DeviceConfig, PowerConfig
 from colledge.models import LayeredModel, SequentialModel
 from colledge.plan import Plan, read_plan
 from tests.multiproc.commands import (
-    COLLEDGE,
     assert_one_line,
-    colledge,
-    environment,
+    forked_colledge,
     processes_of,
     run_here,
     start_by_hand,
+    start_forked,
 )
 from tests.multiproc.workers import Workers
 
@@ -202,7 +200,7 @@ def test_a_federation_with_a_pool_is_simulated_and_finds_its_plan_again_when_sta
     tmp_path: Path,
 ) -> None:
     write(tmp_path, {"edge": POOL})
-    first = colledge(tmp_path, "federate", "simulate", "federation.yaml")
+    first = forked_colledge(tmp_path, "federate", "simulate", "federation.yaml")
     assert first.returncode == 0, first.stderr
     own = tmp_path / "federation" / "edge"
     plan, profile = read_plan(own / "plan.json"), (own / "pool-profile.json").read_bytes()
@@ -257,15 +255,9 @@ def test_pools_that_do_not_go_together_are_refused(pools: dict[str, str], said: 
 def test_a_simulation_that_is_ended_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     write(tmp_path, {"edge": POOL}, rounds={"count": 5000})
     log, deadline_s = tmp_path / "federation/logs/coordinator.log", time.monotonic() + 90
-    process = subprocess.Popen(
-        [COLLEDGE, "federate", "simulate", "federation.yaml"],
-        cwd=tmp_path,
-        env=environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_forked(tmp_path, "federate", "simulate", "federation.yaml")
     while not log.is_file() or "round 2" not in log.read_text():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, process.communicate(timeout=10)
         assert time.monotonic() < deadline_s, "the simulation did not begin"
         time.sleep(0.1)
     assert len(processes_of(tmp_path)) == 7  # the launcher, three agents, the coordinator and two devices

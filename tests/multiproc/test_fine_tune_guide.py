@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -16,6 +15,7 @@ from transformers import AutoTokenizer
 
 from colledge.launch.demo import make_model
 from colledge.report import read_metrics
+from tests.multiproc.commands import forked_colledge
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "docs" / "fine-tune.md").read_text(encoding="utf-8")
@@ -64,21 +64,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_command_of_the_page_runs(folder: Path) -> None:
-    colledge = str(Path(sys.executable).with_name("colledge"))
     printed = {}
     asked = commands()
     assert [words[1] for words in asked] == GIVEN
     for words in asked:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(
-            [colledge, *words[1:]],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
+        result = forked_colledge(folder, *words[1:], timeout_s=120)
         assert result.returncode == 0, (words, result.stderr)
         printed[" ".join(words[1:])] = result.stdout
     metrics = read_metrics(folder / "out" / "metrics.jsonl")
