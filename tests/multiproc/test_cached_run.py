@@ -23,7 +23,7 @@ devices:
 """
 RUN = """\
 model: model
-data: {train: corpus.jsonl, sequence_length: 32, validation_split: 0.2}
+data: {train: corpus.jsonl, sequence_length: 32, validation_split: 0.02}
 method: lora
 lora: {rank: 4, blocks: [2], dropout: 0.1}
 batch: {global_size: 4}

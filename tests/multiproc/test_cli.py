@@ -52,7 +52,7 @@ def figures(metrics: Path) -> tuple[list[float], dict[int, float | None]]:
 
 
 def test_a_hybrid_run_has_the_losses_of_one_device(folder: Path, runs: Runs) -> None:
-    validation = ["data.validation_split=0.2", "evaluate_every=4"]
+    validation = ["data.validation_split=0.02", "evaluate_every=4"]
     result = colledge(folder, "train", "run.yaml", "--plan", "hybrid.json", *validation)
     assert result.returncode == 0, result.stderr
     out = OutputFolder(folder / "out")
@@ -96,7 +96,7 @@ def test_an_adapter_is_planned_for_trained_and_loaded_by_peft(folder: Path, runs
         "lora.dropout=0.1",
         "lora.targets=[q_proj, v_proj, down_proj]",
         "lora.modules_to_save=[lm_head, embed_tokens]",
-        "data.validation_split=0.2",
+        "data.validation_split=0.02",
         "evaluate_every=6",
         "checkpoint_every=4",
     ]

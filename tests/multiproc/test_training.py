@@ -26,7 +26,7 @@ from tests.multiproc.commands import HYBRID, ONE, PIPELINE, Runs, assert_one_lin
 from tests.multiproc.test_exactness import Case, _config, _start_weights, make_batch
 from tests.multiproc.workers import Workers
 
-VALIDATION = ("data.validation_split=0.2", "data.sequence_length=64")
+VALIDATION = ("data.validation_split=0.02", "data.sequence_length=64")
 SCHEDULE = ("optimizer.schedule=cosine", "optimizer.warmup_steps=2")
 
 
