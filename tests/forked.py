@@ -26,24 +26,28 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 from colledge.launch import cli, rendezvous
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    [
-        "tests.multiproc.faulty_worker",
-        "colledge.launch.coordinator",
-        "transformers.models.llama.modeling_llama",
-        "tests.federation.deployment",  # the federation's tests fork from the same process
-    ]
-)
+_PRELOADED = [
+    "tests.multiproc.faulty_worker",
+    "colledge.launch.coordinator",
+    "transformers.models.llama.modeling_llama",
+    "tests.federation.deployment",  # the federation's tests fork from the same process
+]
+_server.set_forkserver_preload(_PRELOADED)
 
 
-def start(target: Callable[..., None], *arguments: Any, environment: Mapping[str, str]) -> BaseProcess:
-    """Start a function of a module with nothing but this environment.
+def start(
+    target: Callable[..., None], *arguments: Any, environment: Mapping[str, str], daemon: bool = True
+) -> BaseProcess:
+    """Start a function of a module with nothing but this environment; a daemon ends with this process.
 
-    A process that was started so itself forks on its own: it must not have joined a world yet.
+    A process that was started so, and is no daemon, forks on its own: it must not have joined a world yet.
     """
+    _server.set_forkserver_preload(_PRELOADED)  # other modules may have set theirs since
     nested = multiprocessing.parent_process() is not None
     context = multiprocessing.get_context("fork") if nested else _server
-    process: BaseProcess = context.Process(target=_begin, args=(target, arguments, dict(environment)))
+    process: BaseProcess = context.Process(
+        target=_begin, args=(target, arguments, dict(environment)), daemon=daemon
+    )
     process.start()
     return process
 
@@ -64,11 +68,12 @@ class Forked:
         *arguments: Any,
         environment: Mapping[str, str] = os.environ,
         cwd: Path | None = None,
+        daemon: bool = True,
     ) -> None:
         self._folder = TemporaryDirectory()
         self._paths = Path(self._folder.name, "stdout"), Path(self._folder.name, "stderr")
         printing = (self._paths, cwd or Path.cwd(), target, arguments)
-        self._process = start(_printing_to, *printing, environment=environment)
+        self._process = start(_printing_to, *printing, environment=environment, daemon=daemon)
 
     @property
     def returncode(self) -> int | None:
@@ -104,7 +109,7 @@ def run(
     target: Callable[..., None], *arguments: Any, timeout_s: float, **given: Any
 ) -> CompletedProcess[str]:
     """Run a function of a module in a process of its own, to its end; return what it printed."""
-    process = Forked(target, *arguments, **given)
+    process = Forked(target, *arguments, **given, daemon=False)
     output, errors = process.communicate(timeout_s)
     assert process.returncode is not None
     return CompletedProcess(arguments, process.returncode, output, errors)
