@@ -121,7 +121,7 @@ class Node:
         self.children: set[NodeId] = set()
         self.round = 0
         self.records: list[NodeRound] = []  # of this subtree, not yet handed on
-        self._expected = frozenset(children)
+        self._expected = set(children)
         self._trainer, self._settings, self._clock, self._store = trainer, settings, clock, store
         self._judge = judge
         self._greeting = dict(greeting)
@@ -309,6 +309,10 @@ class Node:
 
     def _part_with(self, child: NodeId) -> list[Outgoing]:
         self._unstopped.discard(child)
+        if self._phase is _Phase.JOINING:
+            self._expected.discard(child)
+            self.children.discard(child)
+            return self._ready() if self.children >= self._expected else []
         if child not in self.children or self._phase is _Phase.FINISHED:
             return []
         self.children.discard(child)

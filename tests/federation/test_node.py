@@ -145,6 +145,31 @@ def test_a_node_moves_at_any_moment() -> None:
     assert all("b" in one or "b" in two for one, two in zip(first, second, strict=True))
 
 
+def test_a_child_that_moves_before_its_parent_began_is_not_waited_for() -> None:
+    world = World(TREE, RoundSettings(count=2, first_deadline=600.0))
+    world.die("a", 0.0, 5.0)  # so that its parent waits for it
+    world.simulation.at(4.0, lambda: world.simulation.move("b", "edge-1"))
+    records = world.run()
+    assert [children for _, children in world.strategy("edge-0").merged] == [("a",)] * 2
+    assert world.strategy("edge-1").merged[-1] == (2, ("b", "c", "d"))
+    assert max(record.ended_s for record in records) < 60.0
+
+
+def test_a_child_that_leaves_before_it_joined_is_not_waited_for() -> None:
+    node = World(TREE, PATIENT).simulation.nodes["edge-0"].node
+    node.start()
+    assert node.take("b", Message(Kind.LEAVE)) == []
+    [join] = node.take("a", Message(Kind.JOIN, payload=Payload({"toy": True})))
+    assert (join.target, join.message.kind, node.children) == ("cloud", Kind.JOIN, {"a"})
+
+
+def test_a_root_whose_children_all_leave_before_it_began_says_so() -> None:
+    node = World({"cloud": None, "a": "cloud"}, PATIENT).simulation.nodes["cloud"].node
+    node.start()
+    with pytest.raises(ColledgeError, match="all children of 'cloud' have left"):
+        node.take("a", Message(Kind.LEAVE))
+
+
 def test_what_a_node_may_not_do(caplog: pytest.LogCaptureFixture) -> None:
     world = World({"cloud": None, "a": "cloud", "b": "cloud"}, PATIENT)
     node = world.simulation.nodes["cloud"].node
