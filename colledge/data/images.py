@@ -23,6 +23,7 @@ from colledge.records import Record
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 _WHITE = 255
 _NO_SCALE = 0.5  # as mean and deviation: pixels from -1 to 1
+_MOST_DEVIATION = 10.0  # that of pixels from 0 to 1 is 0.5 at most; some scale by more, nobody by as much
 
 _Size = Annotated[int, Field(ge=1, strict=True)]
 _Names = Annotated[tuple[str, ...], Field(min_length=1)]
@@ -46,9 +47,14 @@ class ImageSettings(Record):
     def _check(self) -> ImageSettings:
         if (self.mean is None) != (self.deviation is None):
             raise ValueError("give mean and deviation, or neither")
-        for name, values in (("mean", self.mean), ("deviation", self.deviation)):
+        for name, values, most in (("mean", self.mean, 1.0), ("deviation", self.deviation, _MOST_DEVIATION)):
             if values is not None and len(values) != self.shape[0]:
                 raise ValueError(f"{name} has {len(values)} number(s), the shape {self.shape[0]} channel(s)")
+            strange = [value for value in values or () if not 0 <= value <= most]
+            if strange:
+                raise ValueError(
+                    f"{name} is {strange[0]:g}, wanted that of pixels from 0 to 1: divide that of 0 to 255 by 255"
+                )
         if self.class_names is not None and len(set(self.class_names)) < len(self.class_names):
             raise ValueError("classes has a name twice")
         return self
@@ -147,7 +153,8 @@ def _numbered(
     """Return labels by the numbers of the classes wanted.
 
     Raises:
-        DataError: A class is not among them, or folders name classes that are wanted by number.
+        DataError: A class is not among them, or folders name classes that are wanted by number, or files number
+            classes that are wanted by name.
     """
     labels, names = images.labels, images.class_names
     if names is not None and wanted.class_names is None:
@@ -155,6 +162,11 @@ def _numbered(
             f"{source}: classes with names ({', '.join(names)}) {where}, wanted {wanted.num_classes} of numbers "
             f"{whose}.",
             fix="give their names as data.images.classes, in the same order to all nodes.",
+        )
+    if names is None and wanted.class_names is not None:
+        raise DataError(
+            f"{source}: classes with numbers {where}, wanted names ({', '.join(wanted.class_names)}) {whose}.",
+            fix=f"give how many there are, such as {wanted.num_classes}, as data.images.classes to all nodes.",
         )
     if names is not None and wanted.class_names is not None:
         strange = [name for name in names if name not in wanted.class_names]

@@ -113,6 +113,8 @@ class FederationConfig(Record):
 def expand(nodes: tuple[NodeConfig, ...]) -> dict[NodeId, NodeConfig]:
     """Return every single node by its id; those with a count become as many.
 
+    Of parents that share such children out, each child may move to the others only.
+
     Raises:
         ConfigError: Two have one id.
     """
@@ -124,7 +126,10 @@ def expand(nodes: tuple[NodeConfig, ...]) -> dict[NodeId, NodeConfig]:
                 raise ConfigError(f"nodes: {id!r} is there twice.", fix="give every node an id of its own.")
             parents = groups.get(node.parent, (node.parent,)) if node.parent is not None else (None,)
             parent = parents[index % len(parents)]
-            found[id] = node.model_copy(update={"id": id, "count": None, "parent": parent})
+            moves = tuple(other for other in node.may_move_to if len(parents) == 1 or other != parent)
+            found[id] = node.model_copy(
+                update={"id": id, "count": None, "parent": parent, "may_move_to": moves}
+            )
     return found
 
 
@@ -136,7 +141,7 @@ def tree_of(nodes: Mapping[NodeId, NodeConfig]) -> Tree:
     """Return the tree of some nodes.
 
     Raises:
-        ConfigError: They are no tree, a node is of another tier than it says, or may move where nobody is.
+        ConfigError: They are no tree, a node is of another tier than it says, or may move where nothing is to move to.
     """
     tree = Tree({id: node.parent for id, node in nodes.items()})
     for id, node in nodes.items():
@@ -147,7 +152,16 @@ def tree_of(nodes: Mapping[NodeId, NodeConfig]) -> Tree:
             )
         for parent in node.may_move_to:
             if parent not in nodes:
-                raise ConfigError(
-                    f"nodes: {id!r} may move to unknown node {parent!r}.", fix="mend may_move_to."
-                )
+                what = f"unknown node {parent!r}"
+            elif parent == node.parent:
+                what = f"{parent!r}, which is its parent already"
+            elif parent == id or id in tree.path(parent):
+                what = f"{parent!r}, which is itself or below it"
+            elif not tree.children(parent):
+                what = f"{parent!r}, which has no children and takes none"
+            else:
+                continue
+            raise ConfigError(
+                f"nodes: {id!r} may move to {what}.", fix="name other inner nodes in may_move_to."
+            )
     return tree

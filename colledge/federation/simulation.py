@@ -18,13 +18,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from colledge.errors import ConfigError
 from colledge.federation.clock import VirtualClock
-from colledge.federation.message import decode, encode
+from colledge.federation.message import DEFAULT_LIMIT_BYTES, decode, encode
 from colledge.federation.node import Node, Outgoing
 from colledge.federation.record import NodeRound
 from colledge.federation.transport import NodeId
 from colledge.federation.tree import Tree
 from colledge.models.generator import generator_of
+from colledge.units import format_bytes
 
 
 class Event(Protocol):
@@ -78,15 +80,20 @@ class Simulation:
         root: The root's id.
         nodes: By id; each node's clock is its own.
         on_round: Called in each of the root's rounds.
+        limit_bytes: A larger message ends the run.
     """
 
     def __init__(
-        self, root: NodeId, nodes: Mapping[NodeId, Simulated], on_round: Sequence[RoundHook] = ()
+        self,
+        root: NodeId,
+        nodes: Mapping[NodeId, Simulated],
+        on_round: Sequence[RoundHook] = (),
+        limit_bytes: int = DEFAULT_LIMIT_BYTES,
     ) -> None:
         self.nodes = dict(nodes)
         self.records: list[NodeRound] = []
         self.now_s = 0.0
-        self._root, self.on_round = root, list(on_round)
+        self._root, self.on_round, self._limit_bytes = root, list(on_round), limit_bytes
         self._events: list[tuple[float, int, Event]] = []
         self._count = count()
         self._free_at_s: dict[tuple[NodeId, NodeId], float] = {}
@@ -176,6 +183,12 @@ class Simulation:
     def _send(self, sender: NodeId, node: Node, outgoing: Outgoing) -> None:
         """Let a message travel from the moment when its sender is done; it arrives, or its sender learns that not."""
         data, target, leaves_s = encode(outgoing.message), outgoing.target, self.nodes[sender].clock.now_s()
+        if len(data) > self._limit_bytes:
+            raise ConfigError(
+                f"{sender!r} sends {target!r} a message of {format_bytes(len(data))}, the limit is "
+                f"{format_bytes(self._limit_bytes)}.",
+                fix="raise message_limit.",
+            )
         to = self.nodes.get(target)
         if to is None or not to.alive or to.node.is_finished:
             self.at(leaves_s, lambda: self._act(sender, node, lambda: node.undelivered(outgoing)))
@@ -190,7 +203,7 @@ class Simulation:
             if (self.nodes[sender].node is node and self.nodes[sender].alive) or self.nodes[
                 sender
             ].died_s > end_s:
-                receiver, message = to.node, decode(data)
+                receiver, message = to.node, decode(data, self._limit_bytes)
                 self._act(target, receiver, lambda: receiver.take(sender, message, len(data)))
 
         self.at(end_s + link.latency_s, arrive)
@@ -212,22 +225,37 @@ class Migration:
         tree: Where the leaves begin.
         share: Of the leaves, in a round.
         seed: Decides who moves where.
+
+    Raises:
+        ConfigError: Nobody would move: the share is of less than a leaf, or no parent of leaves has another beside it.
     """
 
     def __init__(self, tree: Tree, share: float, seed: int) -> None:
-        self._leaves, self._share, self._seed = tree.leaves, share, seed
+        self._leaves, self._count, self._seed = tree.leaves, round(share * len(tree.leaves)), seed
         self._depth = {id: tree.depth(id) for id in tree.parents}
         self._inner = [id for id in tree.parents if tree.children(id)]
+        if not self._count:
+            raise ConfigError(
+                f"a share of {share:g} moves none of {len(self._leaves)} leaves.",
+                fix=f"give --migrate {1 / len(self._leaves):.2g} or more.",
+            )
+        if not any(self._others(tree.parents[leaf]) for leaf in self._leaves):
+            raise ConfigError(
+                "no leaf has another parent to move to: no other node with children is as deep as its own.",
+                fix="leave --migrate out, or add such a node.",
+            )
 
     def __call__(self, simulation: Simulation, round_index: int) -> None:
         """Let leaves move, in the middle of the round if they are at work."""
         generator = generator_of("migration", self._seed, round_index)
-        count = round(self._share * len(self._leaves))
-        for index in torch.randperm(len(self._leaves), generator=generator)[:count].tolist():
+        for index in torch.randperm(len(self._leaves), generator=generator)[: self._count].tolist():
             leaf = self._leaves[index]
-            parent = simulation.nodes[leaf].node.parent
-            assert parent is not None
-            others = [id for id in self._inner if id != parent and self._depth[id] == self._depth[parent]]
+            others = self._others(simulation.nodes[leaf].node.parent)
             if others:
                 pick = int(torch.randint(len(others), (), generator=generator))
                 simulation.move(leaf, others[pick])
+
+    def _others(self, parent: NodeId | None) -> list[NodeId]:
+        """Return the inner nodes as deep as a parent."""
+        assert parent is not None
+        return [id for id in self._inner if id != parent and self._depth[id] == self._depth[parent]]

@@ -226,7 +226,7 @@ def make_simulation(
             console.print(f"{id} is not there: {fault}", highlight=False, markup=False)
             continue
         nodes[id] = Simulated(node, clock, Link(config.latency_s, config.bandwidth_bytes_per_s))
-    simulation = Simulation(federation.tree.root, nodes)
+    simulation = Simulation(federation.tree.root, nodes, limit_bytes=federation.config.message_limit_bytes)
     return simulation
 
 
@@ -265,9 +265,7 @@ def _address_of(federation: Federation, id: NodeId) -> str | None:
         ConfigError: Nodes connect to it, and it has no address.
     """
     address = federation.nodes[id].address
-    expected = federation.tree.children(id) or any(
-        id in node.may_move_to for node in federation.nodes.values()
-    )
+    expected = federation.tree.children(id)
     if expected and address is None:
         raise ConfigError(
             f"nodes: {id!r} has children and no address.", fix="give it one, such as 192.168.1.2:8700."

@@ -36,6 +36,14 @@ NODES = [
     {"id": "end", "count": 2, "parent": "edge", "model": "small"},
 ]
 
+DIGITS = {"shape": [1, 8, 8], "classes": 10}
+LOW = [{"id": "low", "parent": "edge", "model": "small"}, {"id": "end", "parent": "low", "model": "small"}]
+
+
+def moving(to: str) -> list[dict[str, Any]]:
+    """Return nodes whose ends may move to another one."""
+    return [{**node, "may_move_to": [to]} if node["id"] == "end" else node for node in NODES]
+
 
 def change(folder: Path, **changes: Any) -> None:
     federation(folder, **{"strategy": {"name": "fedavg"}, "nodes": NODES, **changes})
@@ -67,6 +75,26 @@ def change(folder: Path, **changes: Any) -> None:
         ),
         ({"models": {"small": {"architecture": "cnn", "channels": [4] * 9}}}, "cannot be halved 9 times"),
         ({"nodes": [{**n, "device": "abacus"} for n in NODES]}, "abacus"),
+        (
+            {"data": {"source": "digits", "images": {**DIGITS, "classes": list("abcdefghij")}}},
+            r"digits: classes with numbers in the \w+ split, wanted names \(a, b.*such as 10",
+        ),
+        (
+            {"data": {"source": "digits", "images": {**DIGITS, "mean": [78], "deviation": [100]}}},
+            "data.images: mean is 78, wanted that of pixels from 0 to 1",
+        ),
+        (
+            {"data": {"source": "digits", "images": {**DIGITS, "mean": [0.3], "deviation": [100]}}},
+            "data.images: deviation is 100, wanted that of pixels from 0 to 1",
+        ),
+        ({"nodes": moving("nobody")}, "'end-0' may move to unknown node 'nobody'"),
+        ({"nodes": moving("edge")}, "'end-0' may move to 'edge', which is its parent already"),
+        ({"nodes": moving("end-0")}, "'end-0' may move to 'end-0', which is itself or below it"),
+        ({"nodes": moving("end-1")}, "'end-0' may move to 'end-1', which has no children"),
+        (
+            {"nodes": [NODES[0], {**NODES[1], "may_move_to": ["low"]}, *LOW]},
+            "'edge' may move to 'low', which is itself or below it",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_one_line(
@@ -81,6 +109,31 @@ def test_what_cannot_be_used_is_refused_in_one_line(
     with pytest.raises(ConfigError, match=said) as found:
         use()
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--migrate", "0.5"], "no leaf has another parent to move to.*leave --migrate out"),
+        (["--migrate", "0.1"], "a share of 0.1 moves none of 2 leaves.*0.5 or more"),
+        (["message_limit=1 kB"], r"sends .* a message of .* kB, the limit is 1 kB. Fix: raise message_limit"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_in_one_line(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    change(tmp_path, rounds={"count": 1})
+    with pytest.raises(ConfigError, match=said) as found:
+        app(["federate", "simulate", str(tmp_path / "federation.yaml"), *arguments], standalone_mode=False)
+    assert "\n" not in str(found.value)
+
+
+def test_children_that_parents_share_out_may_move_to_the_other_parents(tmp_path: Path) -> None:
+    edges = {"id": "edge", "count": 2, "parent": "cloud", "model": "small"}
+    ends = {"id": "end", "count": 2, "parent": "edge", "model": "small", "may_move_to": ["edge-0", "edge-1"]}
+    change(tmp_path, nodes=[NODES[0], edges, ends])
+    nodes = federate.read_federation(tmp_path / "federation.yaml").nodes
+    assert [nodes[id].may_move_to for id in ("end-0", "end-1")] == [("edge-1",), ("edge-0",)]
 
 
 def test_a_node_whose_data_are_missing_is_not_there_and_others_go_on(
