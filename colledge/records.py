@@ -80,10 +80,19 @@ def describe_validation_error(error: ValidationError) -> str:
             text = f"unknown key {where!r}"
         case "missing":
             text = f"key {where!r} is missing"
+        case "union_tag_not_found":
+            text = f"key '{where}.{fault['ctx']['discriminator'][1:-1]}' is missing"
+        case "union_tag_invalid":
+            key, known = fault["ctx"]["discriminator"][1:-1], fault["ctx"]["expected_tags"].replace("'", "")
+            text = f"{where}.{key} is {_shortened(fault['ctx']['tag'])}, wanted one of {known}"
         case _:
             message = fault["msg"].removeprefix("Value error, ")
             seen = fault.get("input")
-            shown = f" (saw {_shortened(seen)})" if isinstance(seen, str | int | float | bool | None) else ""
+            shown = (
+                f" (saw {_shortened(seen)})"
+                if isinstance(seen, str | int | float | bool | list | None)
+                else ""
+            )
             text = f"{where}: {message}{shown}" if where else message
     more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
     return f"{text}{more}."
@@ -162,9 +171,11 @@ def _keys_of(record: type[Record]) -> list[str]:
 
 
 def _fix_for(record: type[Record], error: ValidationError) -> str:
-    if error.errors()[0]["type"] in ("extra_forbidden", "missing"):
+    fault = error.errors()[0]
+    if fault["type"] in ("extra_forbidden", "missing") and len(fault["loc"]) == 1:
         return f"the top-level keys are {', '.join(_keys_of(record))}."
-    return "change that value; `colledge config schema` prints what each file may hold."
+    verb = "add" if fault["type"] == "missing" else "change"
+    return f"{verb} that value; `colledge config schema` prints what each file may hold."
 
 
 def _read_text(path: Path, error: type[ConfigError]) -> str:

@@ -128,6 +128,11 @@ def format_seconds(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
+def format_count(number: int, noun: str, plural: str = "s") -> str:
+    """Return how many there are of something: `1 round`, `5 rounds`."""
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
 def format_joules(joules: float) -> str:
     """Return an energy as J, kJ or MJ."""
     if abs(joules) < 1000:

@@ -13,7 +13,7 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from colledge.data.image_files import Images, Split, read_images
 from colledge.data.labelled import Labelled
@@ -42,6 +42,23 @@ class ImageSettings(Record):
     classes: _Size | _Names
     mean: tuple[float, ...] | None = None
     deviation: tuple[_Deviation, ...] | None = None
+
+    @field_validator("shape", mode="before")
+    @classmethod
+    def _check_shape(cls, value: object) -> object:
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(map(_is_size, value)):
+            raise ValueError("wanted channels, height and width, such as [3, 32, 32]")
+        return value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _check_classes(cls, value: object) -> object:
+        names = isinstance(value, list | tuple) and value and all(isinstance(name, str) for name in value)
+        if not names and not _is_size(value):
+            raise ValueError(
+                "wanted how many classes there are, or a list of their names, such as [cat, dog]"
+            )
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> ImageSettings:
@@ -74,6 +91,10 @@ class ImageSettings(Record):
         """Mean and deviation of each channel, by which pixels from 0 to 1 are scaled."""
         unscaled = (_NO_SCALE,) * self.shape[0]
         return self.mean or unscaled, self.deviation or unscaled
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and value >= 1
 
 
 def image_settings(source: str) -> ImageSettings:

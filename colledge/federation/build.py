@@ -27,6 +27,7 @@ from colledge.federation.tree import Tree
 from colledge.models import LayeredModel, SequentialModel, initial_weights
 from colledge.models.generator import generator_of
 from colledge.models.losses import IGNORED, aligned
+from colledge.models.sequential import ARCHITECTURES
 from colledge.profiles.catalog import catalog_device
 from colledge.profiles.device import DeviceProfile, PowerMode
 
@@ -166,10 +167,13 @@ class Federation:
         try:
             return SequentialModel({**sizes, **values})
         except ModelError as fault:
-            raise ModelError(
-                f"models.{name}: {fault.message}",
-                fix=fault.fix or f"mend it; such data are for {self.modality.takers}.",
-            ) from None
+            architecture, takers = str(values.get("architecture")), self.modality.takers
+            if architecture in ARCHITECTURES and architecture not in takers:
+                raise ModelError(
+                    f"models.{name}: such data are for {' or '.join(takers)}, saw architecture {architecture}.",
+                    fix="name another architecture.",
+                ) from None
+            raise ModelError(f"models.{name}: {fault.message}", fix=fault.fix or "mend it.") from None
 
     def profile_of(self, id: NodeId) -> DeviceProfile | None:
         """Return what the catalog knows of a node's device; None where it names none.

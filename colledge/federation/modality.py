@@ -28,7 +28,7 @@ class Modality(Protocol):
 
     judged: str
     loss: str
-    takers: str
+    takers: tuple[str, ...]
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -69,7 +69,8 @@ class ImageModality:
         wanted: What images look like; None is like the common data.
     """
 
-    judged, loss, takers = "test images", "cross_entropy", "cnn, mlp and resnet"
+    judged, loss = "test images", "cross_entropy"
+    takers: tuple[str, ...] = ("cnn", "mlp", "resnet")
 
     def __init__(self, source: str | None, wanted: ImageSettings | None) -> None:
         self._source, self._wanted = source, wanted
@@ -132,7 +133,8 @@ class TextModality:
         seed: Decides which documents are the test split.
     """
 
-    judged, loss, takers = "next tokens of test rows", "causal_lm", "llama"
+    judged, loss = "next tokens of test rows", "causal_lm"
+    takers: tuple[str, ...] = ("llama",)
 
     def __init__(self, source: str | None, settings: TextSettings, seed: int) -> None:
         self._source, self._settings, self._seed = source, settings, seed

@@ -35,7 +35,7 @@ from colledge.parallel import World
 from colledge.records import read_json, write_atomically
 from colledge.report.federation import FederationReport, render, tier_table
 from colledge.report.tables import make_console
-from colledge.units import format_bytes, format_joules, format_seconds
+from colledge.units import format_bytes, format_count, format_joules, format_seconds
 
 _PATH_KEYS = PathKeys(
     paths=("output", "nodes.*.data"), names=("data.source", "data.text.tokenizer", "nodes.*.trainer")
@@ -46,9 +46,13 @@ def read_federation(path: Path, overrides: Sequence[str] = ()) -> Federation:
     """Return the federation in a file.
 
     Raises:
-        ConfigError: The file is malformed, or the nodes are no tree.
+        ConfigError: The file is malformed, the nodes are no tree, or the output is no folder.
     """
-    return Federation(read_config(FederationConfig, path, overrides, _PATH_KEYS, {"output": "federation"}))
+    config = read_config(FederationConfig, path, overrides, _PATH_KEYS, {"output": "federation"})
+    for folder in (config.output, *config.output.parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"output: {folder} is a file, wanted a folder.", fix="give another output.")
+    return Federation(config)
 
 
 class TrainerFor(Protocol):
@@ -161,9 +165,8 @@ class _RoundLines:
     def show(self, simulation: Simulation) -> None:
         last = simulation.records[-1]
         accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.4f}"
-        self._console.print(
-            f"round {last.round}{accuracy}, after {format_seconds(last.ended_s)}", highlight=False
-        )
+        after = f", after {format_seconds(last.ended_s)}" if last.ended_s else ""
+        self._console.print(f"round {last.round}{accuracy}{after}", highlight=False)
 
 
 def report(folder: Path, console: Console, target: float | None = None) -> FederationReport:
@@ -179,16 +182,16 @@ def report(folder: Path, console: Console, target: float | None = None) -> Feder
     write_atomically(folder / "federation.html", render(made))
     accuracy = "unknown" if made.accuracy is None else f"{made.accuracy:.4f}"
     console.print(
-        f"{made.strategy}: {len(made.rounds)} rounds in {format_seconds(made.seconds)} ({made.source}), accuracy of "
-        f"the root {accuracy}, {made.joules_text}, {format_bytes(made.num_bytes)} on all links",
+        f"{made.strategy}: {format_count(len(made.rounds), 'round')} in {made.seconds_text} ({made.source}), "
+        f"accuracy of the root {accuracy}, {made.joules_text}, {format_bytes(made.num_bytes)} on all links",
         highlight=False,
     )
     console.print(made.discloses, highlight=False)
     console.print(made.accuracy_text, highlight=False)
     if target is not None:
         reached = (
-            f"in {made.rounds_to_target} rounds, {format_joules(made.joules_to_target)}"
-            if made.joules_to_target is not None
+            f"in {format_count(made.rounds_to_target, 'round')}, {format_joules(made.joules_to_target)}"
+            if made.rounds_to_target is not None and made.joules_to_target is not None
             else "not reached"
         )
         console.print(f"accuracy {target:g}: {reached}", highlight=False)
@@ -211,6 +214,7 @@ def make_simulation(
         DataError: The common data are missing.
     """
     make_trainer = trainer_for or federation.device_trainer
+    absent: dict[NodeId, DataError] = {}
 
     def entering(id: NodeId, inputs: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return simulation.entering(id, inputs)
@@ -223,11 +227,34 @@ def make_simulation(
         except DataError as fault:
             if config.data is None or console is None:
                 raise
-            console.print(f"{id} is not there: {fault}", highlight=False, markup=False)
+            absent[id] = fault
             continue
         nodes[id] = Simulated(node, clock, Link(config.latency_s, config.bandwidth_bytes_per_s))
+    _check_quorums(federation, absent)
+    for id, why in absent.items():
+        assert console is not None
+        console.print(f"{id} is not there: {why}", highlight=False, markup=False)
     simulation = Simulation(federation.tree.root, nodes, limit_bytes=federation.config.message_limit_bytes)
     return simulation
+
+
+def _check_quorums(federation: Federation, absent: Mapping[NodeId, DataError]) -> None:
+    """Check that nodes can begin without those that are not there.
+
+    Raises:
+        DataError: One cannot; the message begins with why one of its children is not there.
+    """
+    for parent in federation.tree.parents:
+        children = federation.tree.children(parent)
+        lost = [child for child in children if child in absent]
+        wanted = federation.config.rounds.quorum_of(len(children))
+        if lost and len(children) - len(lost) < wanted:
+            fault = absent[lost[0]]
+            raise DataError(
+                f"{lost[0]} is not there: {fault.message} So {parent!r} has {len(children) - len(lost)} of "
+                f"{len(children)} children, wanted {wanted}; missing: {', '.join(lost)}.",
+                fix=f"{fault.fix.rstrip('.')}, or lower rounds.quorum.",
+            )
 
 
 # -- real federations --------------------------------------------------------------------------------------------

@@ -98,6 +98,11 @@ class FederationReport(Record):
         return f"Accuracy is the share of {self.judged} that a model predicts right."
 
     @property
+    def seconds_text(self) -> str:
+        """How long it took, in words: unknown in a simulation without devices and links."""
+        return format_seconds(self.seconds) if self.seconds else "unknown time"
+
+    @property
     def joules_text(self) -> str:
         """All energy, in words: at least so much, where some nodes' is not known."""
         known = [node.joules for node in self.nodes if node.joules is not None]
@@ -129,11 +134,12 @@ def tier_table(report: FederationReport) -> Table:
     for tier, nodes in report.tiers():
         accuracies = [node.accuracy for node in nodes if node.accuracy is not None]
         joules = [node.joules for node in nodes if node.joules is not None]
+        busy_s = sum(node.compute_s for node in nodes)
         table.add_row(
             tier,
             str(len(nodes)),
             f"{sum(accuracies) / len(accuracies):.4f}" if accuracies else "-",
-            format_seconds(sum(node.compute_s for node in nodes) / len(nodes)),
+            format_seconds(busy_s / len(nodes)) if busy_s else "-",
             format_joules(sum(joules) / len(joules)) if joules else "unknown",
             format_bytes(sum(up.get(node.node, 0) for node in nodes) / len(nodes)),
             str(sum(node.missed for node in nodes)),

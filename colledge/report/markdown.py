@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from colledge.report.planning import PlanReport
 from colledge.report.record import FamilyFigures
-from colledge.units import format_bytes, format_joules, format_seconds
+from colledge.units import format_bytes, format_count, format_joules, format_seconds
 
 _BAR_WIDTH = 20
 
@@ -33,7 +33,7 @@ def _head(report: PlanReport) -> str:
     plan, chosen = report.plan, report.chosen
     lines = [
         f"Chosen for {report.goal}: {_code(plan.describe())} ({plan.family}), "
-        f"{_count(plan.num_microbatches, 'micro-batch', 'es')} of {_count(plan.microbatch_size, 'row', 's')}.",
+        f"{format_count(plan.num_microbatches, 'micro-batch', 'es')} of {format_count(plan.microbatch_size, 'row')}.",
         "",
         f"- **{format_seconds(chosen.step_s)}** a step (modelled){_bound('LB-T', report.time_ratio)}",
         f"- **{format_joules(chosen.energy_joules_per_step)}** a step, "
@@ -45,10 +45,6 @@ def _head(report: PlanReport) -> str:
     if running is not None:
         lines.append(f"- {running.text()} for {running.steps:,} steps (modelled)")
     return "\n".join([*lines, "", f"Predictions are simulated from {report.basis}."])
-
-
-def _count(number: int, noun: str, plural: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else plural}"
 
 
 def _bound(name: str, ratio: float | None) -> str:

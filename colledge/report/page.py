@@ -8,7 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 
 from colledge.report.charts import Chart, drawable
-from colledge.units import format_bytes, format_joules, format_seconds
+from colledge.units import format_bytes, format_count, format_joules, format_seconds
 
 
 def render_page(template: str, charts: Mapping[str, Chart], **values: object) -> str:
@@ -26,6 +26,7 @@ def render_page(template: str, charts: Mapping[str, Chart], **values: object) ->
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"seconds": format_seconds, "joules": format_joules, "bytes": format_bytes}
+    environment.filters |= {"seconds": format_seconds, "joules": format_joules}
+    environment.filters |= {"bytes": format_bytes, "counted": format_count}
     page = environment.get_template(template)
     return page.render(charts=drawable(charts), plotly_script=get_plotlyjs(), **values)

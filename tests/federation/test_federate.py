@@ -36,6 +36,7 @@ NODES = [
     {"id": "end", "count": 2, "parent": "edge", "model": "small"},
 ]
 
+TEXT = {"tokenizer": "bytes", "sequence_length": 16, "test_split": 0.2}
 DIGITS = {"shape": [1, 8, 8], "classes": 10}
 LOW = [{"id": "low", "parent": "edge", "model": "small"}, {"id": "end", "parent": "low", "model": "small"}]
 
@@ -58,7 +59,25 @@ def change(folder: Path, **changes: Any) -> None:
         ({"nodes": [*NODES, {"id": "edge", "parent": "cloud", "model": "small"}]}, "'edge' is there twice"),
         ({"nodes": [{**n, "tier": "end"} if n["id"] == "edge" else n for n in NODES]}, "says tier end.*edge"),
         ({"nodes": [{**n, "model": "none"} for n in NODES]}, "'none' is not among models"),
-        ({"strategy": {"name": "fedbest"}}, "'fedbest'.*fedavg"),
+        (
+            {"strategy": {"name": "fedbest"}},
+            "strategy.name is 'fedbest', wanted one of fedavg, hierfavg, .*eclm",
+        ),
+        ({"strategy": {"edge_rounds": 2}}, "key 'strategy.name' is missing"),
+        ({"data": {"text": TEXT}}, "models.small: such data are for llama, saw architecture cnn"),
+        (
+            {"nodes": [NODES[0], {"id": "x", "parent": "cloud"}]},
+            r"'nodes\[1\].model' is missing.*Fix: add that value",
+        ),
+        ({"data": {"images": {**DIGITS, "classes": []}}}, r"wanted how many classes there are.*\(saw \[\]\)"),
+        ({"data": {"images": {**DIGITS, "classes": [1, 2]}}}, r"wanted how many classes.*\(saw \[1, 2\]\)"),
+        ({"data": {"images": {**DIGITS, "classes": 0}}}, r"wanted how many classes there are.*\(saw 0\)"),
+        (
+            {"data": {"images": {**DIGITS, "shape": [8, 8]}}},
+            r"data.images.shape: wanted channels, height and width, such as .*\(saw \[8, 8\]\)",
+        ),
+        ({"output": "federation.yaml"}, r"output: \S+federation.yaml is a file, wanted a folder"),
+        ({"output": "federation.yaml/in"}, r"output: \S+federation.yaml is a file, wanted a folder"),
         (
             {"nodes": [NODES[0], {**NODES[1], "model": "large"}]},
             "'large' and 'small', wanted one model.*fedavg",
@@ -128,6 +147,22 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(
     assert "\n" not in str(found.value)
 
 
+def test_one_round_without_devices_takes_a_time_that_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(tmp_path, rounds={"count": 1})
+    app(["federate", "simulate", str(tmp_path / "federation.yaml")], standalone_mode=False)
+    app(["federate", "report", str(tmp_path / "federation"), "--target", "0"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "fedavg: 1 round in unknown time (modelled)" in printed
+    assert "in 1 round, " in printed
+    page = (tmp_path / "federation" / "federation.html").read_text()
+    assert "<b>unknown time</b>in all" in page
+    for text in (printed, page.partition("<script>")[0]):
+        assert "0 us" not in text
+        assert "1 rounds" not in text
+
+
 def test_children_that_parents_share_out_may_move_to_the_other_parents(tmp_path: Path) -> None:
     edges = {"id": "edge", "count": 2, "parent": "cloud", "model": "small"}
     ends = {"id": "end", "count": 2, "parent": "edge", "model": "small", "may_move_to": ["edge-0", "edge-1"]}
@@ -145,7 +180,8 @@ def test_a_node_whose_data_are_missing_is_not_there_and_others_go_on(
     printed = capsys.readouterr().out
     assert "lost is not there" in printed
     assert "2 rounds" in printed
-    with pytest.raises(ColledgeError, match=r"2 of 3 children of 'edge' joined.*missing: lost"):
+    why = r"lost is not there: \S+gone: no such folder. So 'edge' has 2 of 3 children, wanted 3; missing: lost.*quorum"
+    with pytest.raises(ConfigError, match=why):
         app(
             ["federate", "simulate", str(tmp_path / "federation.yaml"), "rounds.quorum=1"],
             standalone_mode=False,
