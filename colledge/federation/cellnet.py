@@ -341,7 +341,11 @@ def _listen_at(address: tuple[str, int]) -> socket.socket:
     try:
         listener = socket.create_server(address, family=family)
     except OSError as fault:
-        raise TransportError(f"cannot listen at {address[0]}:{address[1]} ({fault.strerror}).") from None
+        why = str(fault.strerror).partition(" (")[0]  # Python adds the address to it
+        raise TransportError(
+            f"cannot listen at {address[0]}:{address[1]} ({why}).",
+            fix="end what listens there, or give the node another address.",
+        ) from None
     listener.settimeout(TICK_S)
     return listener
 

@@ -111,7 +111,10 @@ def check(folder: Path, node_id: NodeId, now: datetime | None = None) -> None:
     signer = _read_certificate(folder / AUTHORITY_CERTIFICATE)
     certificate = _read_certificate(folder / NODE_CERTIFICATE)
     key = _read_key(folder / NODE_KEY)
-    path, again = folder / NODE_CERTIFICATE, f"issue a certificate for node {node_id!r} again."
+    path, again = (
+        folder / NODE_CERTIFICATE,
+        f"where the authority is, remove the folder {node_id!r} and provision again.",
+    )
     try:
         certificate.verify_directly_issued_by(signer)
     except (ValueError, TypeError, InvalidSignature):

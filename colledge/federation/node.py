@@ -24,7 +24,7 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from colledge.errors import ColledgeError
+from colledge.errors import ColledgeError, ConfigError, ModelError
 from colledge.federation.clock import Clock
 from colledge.federation.message import Kind, Message, MessageError, Payload
 from colledge.federation.node_state import NodeState
@@ -163,7 +163,11 @@ class Node:
     # -- what the driver calls -----------------------------------------------------------------------------------
 
     def start(self) -> list[Outgoing]:
-        """Begin, or go on from the state that was kept."""
+        """Begin, or go on from the state that was kept.
+
+        Raises:
+            ConfigError: The state is of another strategy or model.
+        """
         self._heard_s = self._clock.now_s()
         kept = self._store.load() if self._store is not None else None
         if kept is not None:
@@ -552,11 +556,22 @@ class Node:
         self._store.save(state.to_message(self.strategy.state(), self._answer))
 
     def _restore(self, kept: Message) -> NodeState:
-        """Take a state up, and return it."""
-        state, strategy, self._answer = NodeState.from_message(kept)
+        """Take a state up, and return it.
+
+        Raises:
+            ConfigError: It is of another strategy or model.
+        """
+        try:
+            state, strategy, self._answer = NodeState.from_message(kept)
+            self.strategy.restore(strategy)
+        except (MessageError, ModelError, KeyError) as fault:
+            why = f"no {fault}" if isinstance(fault, KeyError) else fault.message.rstrip(".")
+            raise ConfigError(
+                f"the state that {self.id!r} kept is of another strategy or model ({why}).",
+                fix="bring federation.yaml back to what it was, or give another output.",
+            ) from None
         self.round, self.children = state.round, set(state.children)
         self._task = None if state.task is None else (state.task[0], (state.task[1], state.task[2]))
         self._merged = (state.round, self.strategy.parts if state.part is None else state.part - 1)
-        self.strategy.restore(strategy)
         self._line = NodeRound(node=self.id, round=self.round, began_s=self._clock.now_s())
         return state

@@ -424,7 +424,9 @@ Credentials = Annotated[
 def federate_provision(
     federation_file: FederationFile,
     credentials: Credentials = None,
-    valid_days: Annotated[float, typer.Option(help="How long certificates are valid.", min=0)] = 365.0,
+    valid_days: Annotated[
+        float, typer.Option(help="How long certificates are valid.", min=1, max=3650)
+    ] = 365.0,
 ) -> None:
     """Make a certificate authority, and a certificate for every node."""
     from colledge.launch import federate
@@ -472,6 +474,8 @@ def _run_node(
     from colledge.launch import federate
 
     federation = federate.read_federation(path, overrides or [])
+    if node == federation.tree.root:
+        raise ConfigError(f"{node!r} is the root, which joins nobody.", fix="run it with serve.")
     id = node or federation.tree.root
     own = (credentials or path.parent / "credentials") / id
     if print_commands:

@@ -67,7 +67,7 @@ def simulation_job(federation: Federation, migrate: float) -> FederationJob | No
         ConfigError: A pool.yaml cannot be read, or two nodes' pools do not go together.
     """
     config = federation.config
-    pools = {id: load_pool(Path(n.trainer)) for id, n in federation.nodes.items() if n.trainer != "device"}
+    pools = {id: _pool_of(federation, id) for id, n in federation.nodes.items() if n.trainer != "device"}
     if not pools:
         return None
     pool = _together(pools)
@@ -93,7 +93,7 @@ def node_job(
     config = federation.config
     if federation.nodes[id].trainer == "device":
         return None
-    pools = {id: load_pool(Path(federation.nodes[id].trainer))}
+    pools = {id: _pool_of(federation, id)}
     pool = _together(pools)
     return FederationJob(
         kind="node",
@@ -106,6 +106,13 @@ def node_job(
         credentials=credentials.resolve(),
         parent=parent,
     )
+
+
+def _pool_of(federation: Federation, id: NodeId) -> PoolConfig:
+    try:
+        return load_pool(Path(federation.nodes[id].trainer))
+    except ConfigError as fault:
+        raise ConfigError(f"trainer of {id!r}: {fault.message}", fix=fault.fix) from None
 
 
 def _ids(pools: Mapping[NodeId, PoolConfig]) -> dict[NodeId, tuple[str, ...]]:

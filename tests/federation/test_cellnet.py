@@ -480,5 +480,7 @@ def test_settings_that_cannot_be_are_one_line(folders: Path, settings: dict[str,
 def test_an_address_in_use_is_said(folders: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(TransportError, match=f"cannot listen at {address}"):
+        with pytest.raises(
+            TransportError, match=rf"cannot listen at {address} \(Address already in use\). Fix: "
+        ):
             CellNetTransport("cloud", folders / "cloud", listen=address)

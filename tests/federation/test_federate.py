@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from typer.exceptions import TyperException
 
 from colledge.data.images import load_images
 from colledge.errors import ColledgeError, ConfigError
@@ -144,6 +145,30 @@ def test_what_cannot_be_simulated_is_refused_in_one_line(
     change(tmp_path, rounds={"count": 1})
     with pytest.raises(ConfigError, match=said) as found:
         app(["federate", "simulate", str(tmp_path / "federation.yaml"), *arguments], standalone_mode=False)
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["join", "--node", "cloud"], "'cloud' is the root, which joins nobody. Fix: run it with serve"),
+        (
+            ["join", "--node", "nobody"],
+            "there is no node 'nobody'. Fix: use one of cloud, edge, end-0, end-1",
+        ),
+        (["join", "--node", "edge"], "trainer of 'edge': .*pool.yaml: no such file"),
+        (["simulate"], "trainer of 'edge': .*pool.yaml: no such file"),
+        (["provision", "--valid-days", "0"], "greater than or equal to 1"),
+        (["provision", "--valid-days", "1e9"], "less than or equal to 3650"),
+    ],
+)
+def test_what_a_node_cannot_be_is_refused_in_one_line(
+    tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    change(tmp_path, nodes=[NODES[0], {**NODES[1], "trainer": "./pool.yaml"}, NODES[2]])
+    command, *options = arguments
+    with pytest.raises((ConfigError, TyperException), match=said) as found:
+        app(["federate", command, str(tmp_path / "federation.yaml"), *options], standalone_mode=False)
     assert "\n" not in str(found.value)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from colledge.errors import ColledgeError
-from colledge.federation.message import Kind, Message, Payload
+from colledge.errors import ColledgeError, ConfigError
+from colledge.federation.message import Kind, Message, Payload, decode, encode
 from colledge.federation.node import Outgoing
 from colledge.federation.rounds import RoundSettings
 from tests.federation.toy import World
@@ -197,6 +200,29 @@ def test_a_malformed_answer_counts_as_none(caplog: pytest.LogCaptureFixture) -> 
         "cloud: the answer of b in round 1 is refused: a malformed payload: tensor 'x' is missing"
         in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda fields: fields.pop("node"), "a malformed payload: key 'node' is missing"),
+        (lambda fields: fields["strategy"].clear(), "no 'digest'"),
+    ],
+)
+def test_a_state_of_another_federation_is_refused_in_one_line(
+    change: Callable[[dict[str, Any]], None], why: str
+) -> None:
+    world = World({"cloud": None, "a": "cloud"}, PATIENT)
+    world.run()
+    kept = decode(world.stores["a"].kept or b"")
+    fields = json.loads(json.dumps(kept.payload.fields))
+    change(fields)
+    world.stores["a"].kept = encode(Message(kept.kind, payload=Payload(fields, kept.payload.tensors)))
+    with pytest.raises(
+        ConfigError, match=f"'a' kept is of another strategy or model.*{why}.*output"
+    ) as found:
+        world.make("a").start()
+    assert "\n" not in str(found.value)
 
 
 def test_an_answer_that_cannot_be_delivered_is_sent_again() -> None:
