@@ -23,7 +23,7 @@ from colledge.federation.node import Node, Outgoing
 from colledge.federation.record import NodeRound
 from colledge.federation.report import LINES
 from colledge.federation.transport import NodeId, Transport, TransportError
-from colledge.records import Record, write_atomically
+from colledge.records import Record, read_json, write_atomically
 
 _log = logging.getLogger("colledge.federation")
 _TICK_S = 0.5
@@ -77,6 +77,12 @@ class NodeFolder:
         except MessageError as fault:
             _log.warning("%s is damaged (%s) and left out", path, fault.message)
             return None
+
+    @property
+    def parent(self) -> NodeId | None:
+        """Whose child the node was when it last ran; None where it has not run, or has none."""
+        path = self.path / "status.json"
+        return read_json(NodeStatus, path).parent if path.is_file() else None
 
     def note(self, lines: Iterable[NodeRound], name: str = "rounds.jsonl") -> None:
         """Add lines to a file of records."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +15,12 @@ from colledge.errors import ConfigError, DataError, LaunchError
 from colledge.federation.build import Federation
 from colledge.federation.clock import Clock, RealClock, VirtualClock
 from colledge.federation.config import FederationConfig
+from colledge.federation.message import Kind, Message
 from colledge.federation.report import FACTS, LINES, read_report
 from colledge.federation.serve import NodeFolder, NodeStatus, serve
 from colledge.federation.simulation import Link, Migration, RoundHook, Simulated, Simulation
 from colledge.federation.trainer import Trainer
-from colledge.federation.transport import NodeId
+from colledge.federation.transport import NodeId, TransportError
 from colledge.launch.config_file import PathKeys, read_config
 from colledge.launch.federated_pools import (
     FederationJob,
@@ -40,6 +42,8 @@ from colledge.units import format_bytes, format_count, format_joules, format_sec
 _PATH_KEYS = PathKeys(
     paths=("output", "nodes.*.data"), names=("data.source", "data.text.tokenizer", "nodes.*.trainer")
 )
+
+_LEAVE_S = 5.0  # for the parent of before to be told that a node moved
 
 
 def read_federation(path: Path, overrides: Sequence[str] = ()) -> Federation:
@@ -359,6 +363,7 @@ def _serve(
     if id == federation.tree.root:
         write_atomically(federation.config.output / FACTS, federation.facts(simulated=False).to_json())
     node = federation.node(id, trainer_for(id, clock), clock, folder, parent)
+    _leave_old_parent(federation, id, credentials, folder, above)
     above_address = None if above is None else _address_of(federation, above)
     transport = CellNetTransport(
         id,
@@ -370,6 +375,26 @@ def _serve(
     )
     try:
         serve(node, transport, folder, clock, stop)
+    finally:
+        transport.close()
+
+
+def _leave_old_parent(
+    federation: Federation, id: NodeId, credentials: Path, folder: NodeFolder, above: NodeId | None
+) -> None:
+    """Tell the parent of before, if a node moved, not to wait for it; one that is away finds out by itself."""
+    from colledge.federation.cellnet import CellNetTransport
+
+    before = folder.parent or federation.nodes[id].parent
+    if before == above or before not in federation.nodes:
+        return
+    address = _address_of(federation, before)
+    if address is None:
+        return
+    transport = CellNetTransport(id, credentials, parent=(before, address))
+    try:
+        with suppress(TransportError):
+            transport.send(before, Message(Kind.LEAVE), _LEAVE_S)
     finally:
         transport.close()
 

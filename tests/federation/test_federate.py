@@ -26,7 +26,9 @@ from colledge.federation.message import (
     encode,
 )
 from colledge.federation.report import read_report
+from colledge.federation.serve import NodeFolder, NodeStatus
 from colledge.federation.simulation import Simulated
+from colledge.federation.transport import TransportError
 from colledge.launch import federate
 from colledge.launch.cli import app
 from tests.federation.test_fedeec import federation
@@ -170,6 +172,58 @@ def test_what_a_node_cannot_be_is_refused_in_one_line(
     with pytest.raises((ConfigError, TyperException), match=said) as found:
         app(["federate", command, str(tmp_path / "federation.yaml"), *options], standalone_mode=False)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("ran_under", "above", "told"),
+    [
+        (None, "edge-0", []),
+        (None, "edge-1", [("edge-0", "h:1")]),
+        ("edge-1", "edge-1", []),
+        ("edge-1", "edge-0", [("edge-1", "h:2")]),
+        ("gone", "edge-0", []),
+    ],
+)
+@pytest.mark.parametrize("is_away", [False, True])
+def test_a_node_that_moves_tells_the_parent_of_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ran_under: str | None,
+    above: str,
+    told: list[tuple[str, str]],
+    is_away: bool,
+) -> None:
+    sent: list[tuple[str, str]] = []
+
+    class Recorder:
+        def __init__(self, id: str, credentials: Path, parent: tuple[str, str]) -> None:
+            self.parent = parent
+
+        def send(self, target: str, message: Message, timeout_s: float) -> int:
+            assert (target, message.kind) == (self.parent[0], Kind.LEAVE)
+            sent.append(self.parent)
+            if is_away:
+                raise TransportError("not connected.")
+            return 1
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("colledge.federation.cellnet.CellNetTransport", Recorder)
+    edges = [
+        {"id": f"edge-{i}", "parent": "cloud", "model": "small", "address": f"h:{i + 1}"} for i in range(2)
+    ]
+    end = {"id": "end", "count": 2, "parent": "edge-0", "model": "small"}
+    other = {"id": "other", "parent": "edge-1", "model": "small"}
+    change(tmp_path, nodes=[NODES[0], *edges, {**end, "may_move_to": ["edge-1"]}, other])
+    loaded, folder = federate.read_federation(tmp_path / "federation.yaml"), NodeFolder(tmp_path / "end-0")
+    if ran_under is not None:
+        status = NodeStatus(
+            node="end-0", parent=ran_under, children=(), phase="idle", round=1, pid=1, updated_s=0.0
+        )
+        (folder.path / "status.json").write_text(status.to_json())
+    federate._leave_old_parent(loaded, "end-0", tmp_path, folder, above)
+    assert sent == told
 
 
 def test_one_round_without_devices_takes_a_time_that_is_not_known(
