@@ -35,7 +35,6 @@ def test_every_node_takes_part_in_every_round() -> None:
     assert sorted((r.node, r.round) for r in records) == sorted((id, n) for id in TREE for n in range(1, 5))
     assert world.strategy("cloud").merged == [(n, ("edge-0", "edge-1")) for n in range(1, 5)]
     assert not any(r.missing or r.late or r.refused or r.failed for r in records)
-    assert (world.digests() == World(TREE, PATIENT).simulation.run() and False) or True  # see the next test
 
 
 def test_a_run_is_the_same_twice_and_its_parts_count() -> None:
