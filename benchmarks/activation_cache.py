@@ -30,7 +30,7 @@ from colledge.parallel import Engine, EngineSettings
 from colledge.parallel.caching import ActivationCaches, rows_read
 from colledge.plan import Plan
 from colledge.settings import LoraSettings, OptimizerSettings
-from tests.multiproc.workers import Workers
+from tests.multiproc.workers import FreshWorkers
 
 ROWS, SEQUENCE, BATCH, BLOCKS, WIDTH = 64, 128, 16, 8, 256
 EPOCHS = (1, 3, 10)
@@ -66,7 +66,7 @@ def plan(first: int, last: int) -> Plan:
 class Setting:
     """A model of which the last blocks train, and its data, on running workers."""
 
-    def __init__(self, trained: int, workers: Workers) -> None:
+    def __init__(self, trained: int, workers: FreshWorkers) -> None:
         lora = LoraSettings(
             rank=8, targets=("q_proj", "v_proj"), blocks=tuple(range(BLOCKS - trained, BLOCKS))
         )
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    workers = Workers(2)
+    workers = FreshWorkers(2)
     for trained in (1, 2, 4):
         setting = Setting(trained, workers)
         setting.seconds(1, cached=True)  # warms up

@@ -41,7 +41,7 @@ from colledge.models.losses import LOSSES
 from colledge.parallel import Engine, EngineSettings
 from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
-from tests.multiproc.workers import Workers, free_port
+from tests.multiproc.workers import FreshWorkers, free_port
 
 BATCH, SEQUENCE, MICROBATCH = 16, 128, 2
 CONFIG = LlamaConfig(
@@ -265,7 +265,7 @@ def plan_of(kind: str, num_layers: int) -> Plan:
 class Ours:
     """colledge's engine on two workers."""
 
-    def __init__(self, kind: str, workers: Workers) -> None:
+    def __init__(self, kind: str, workers: FreshWorkers) -> None:
         layered = HuggingFaceCausalLM(CONFIG.to_dict())
         weights = {name: p.detach() for name, p in new_model().named_parameters()}
         settings = EngineSettings(optimizer=OptimizerSettings(learning_rate=LEARNING_RATE))
@@ -285,7 +285,7 @@ class Ours:
         self._engine.close()
 
 
-def compare(kind: str, workers: Workers, rounds: int, steps: int) -> dict[str, object]:
+def compare(kind: str, workers: FreshWorkers, rounds: int, steps: int) -> dict[str, object]:
     sides = {"colledge": Ours(kind, workers), "peer": Peer(kind)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, float] = {}
@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    workers = Workers(2)
+    workers = FreshWorkers(2)
     try:
         rows = [compare(kind, workers, arguments.rounds, arguments.steps) for kind in arguments.kinds]
     finally:

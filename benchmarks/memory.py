@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -32,7 +33,7 @@ from colledge.plan import Plan
 from colledge.planner import plan_memory
 from colledge.profiles import DeviceProfile, PoolProfile, PowerMode
 from colledge.settings import OptimizerSettings
-from tests.multiproc.workers import Workers
+from tests.multiproc.workers import FreshWorkers
 
 BATCH, SEQUENCE, STEPS = 8, 256, 3
 CONFIG = LlamaConfig(
@@ -113,7 +114,7 @@ def measure(name: str) -> list[dict[str, Any]]:
     """Return the modelled and the measured bytes of each device."""
     torch.manual_seed(0)
     plan, structure = CASES[name].plan(), HuggingFaceCausalLM(CONFIG.to_dict())
-    workers = Workers(len(plan.devices))
+    workers = FreshWorkers(len(plan.devices))
     request = DeviceRequest(model=structure.spec, accelerator="cpu", threads=1)
     message = Message({"command": "measure_device", "request": request.model_dump(mode="json")})
     answers = command(
@@ -164,9 +165,9 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, action="append")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        for rows in processes.imap(measure, given.case or list(CASES), chunksize=1):
-            for row in rows:
+    for case in given.case or CASES:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            for row in process.submit(measure, case).result():
                 ratio = row["modelled_bytes"] / row["measured_bytes"]
                 if given.json:
                     print(json.dumps(row))

@@ -251,7 +251,7 @@ def test_nodes_have_texts_of_their_own_and_a_tokenizer_in_a_folder(tmp_path: Pat
             {"models": {"small": {**LLAMA, "vocabulary": 300}}},
             "models.small: vocabulary.*follows from the data",
         ),
-        ({"data": {"source": "digits"}}, "models.small: .*are for cnn, mlp and resnet"),
+        ({"data": {"source": "digits"}}, "models.small: .*are for cnn or mlp or resnet"),
     ],
 )
 def test_what_does_not_go_with_text_is_refused_in_one_line(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,7 +10,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import LlamaConfig
@@ -27,7 +25,7 @@ from colledge.plan import Plan
 from colledge.planner import plan_memory
 from colledge.profiles import DeviceProfile, PoolProfile, PowerMode
 from colledge.settings import LoraSettings, OptimizerSettings
-from tests.multiproc.workers import Workers
+from tests.multiproc.workers import FreshWorkers, Workers
 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 BATCH, SEQUENCE, STEPS = 4, 32, 2
@@ -103,17 +101,15 @@ def plan(num_devices: int) -> Plan:
     )
 
 
-class LimitedWorkers(Workers):
-    """Workers that load everything themselves, as all of a forked one's memory would not be its own."""
+class LimitedWorkers(FreshWorkers):
+    """Workers with a cgroup each."""
 
     def __init__(self, cgroups: Sequence[Path], timeout_s: float) -> None:
         self._cgroups = cgroups
         super().__init__(len(cgroups), timeout_s)
 
     def start(self, rank: int, environment: Mapping[str, str]) -> BaseProcess:
-        with mock.patch.dict(os.environ, environment):
-            process = multiprocessing.get_context("spawn").Process(target=self.main)
-            process.start()
+        process = super().start(rank, environment)
         (self._cgroups[rank - 1] / "cgroup.procs").write_text(
             str(process.pid)
         )  # before it has loaded anything

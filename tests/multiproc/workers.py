@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -62,3 +63,13 @@ class Workers:
                     process.join(10)
             process.kill()
             process.join()
+
+
+class FreshWorkers(Workers):
+    """Workers that load everything themselves: all of their memory and time is their own."""
+
+    def start(self, rank: int, environment: Mapping[str, str]) -> BaseProcess:
+        with mock.patch.dict(os.environ, environment):
+            process = multiprocessing.get_context("spawn").Process(target=self.main)
+            process.start()
+        return process
