@@ -83,7 +83,8 @@ class Forked:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self._process.pid or 0, number)
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -110,7 +111,11 @@ def run(
 ) -> CompletedProcess[str]:
     """Run a function of a module in a process of its own, to its end; return what it printed."""
     process = Forked(target, *arguments, **given, daemon=False)
-    output, errors = process.communicate(timeout_s)
+    try:
+        output, errors = process.communicate(timeout_s)
+    except BaseException:
+        process.kill()
+        raise
     assert process.returncode is not None
     return CompletedProcess(arguments, process.returncode, output, errors)
 

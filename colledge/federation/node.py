@@ -156,6 +156,11 @@ class Node:
         return self._retry_at_s if self._due_s is None else min(self._retry_at_s, self._due_s)
 
     @property
+    def answers_until_s(self) -> float | None:
+        """Until when children should have answered; None while they have no task."""
+        return None if self._gathering is None else self._gathering.deadline_s
+
+    @property
     def is_finished(self) -> bool:
         """Whether there are no more rounds, and all children know."""
         return self._phase is _Phase.FINISHED and not self._unstopped

@@ -112,8 +112,6 @@ def serve(node: Node, transport: Transport, folder: NodeFolder, clock: RealClock
     shown: tuple[object, ...] = ()
     outgoing = node.start()
     while not stop.asked:
-        while outgoing:
-            outgoing = _send(node, transport, outgoing)
         if node.parent is None and node.records:
             folder.note(node.records, f"../{LINES}")
             node.records = []
@@ -121,19 +119,21 @@ def serve(node: Node, transport: Transport, folder: NodeFolder, clock: RealClock
         if state != shown:
             folder.show(node, clock.now_s())
             shown = state
+        if outgoing:
+            outgoing = _send(node, transport, outgoing, clock.now_s())
+            continue
         if node.is_finished:
             return
         due_s = _TICK_S if node.wake_at_s is None else node.wake_at_s - clock.now_s()
-        if due_s <= 0:
-            outgoing = node.wake()
-            continue
-        arrived = transport.receive(min(due_s, _TICK_S))
+        arrived = transport.receive(min(max(due_s, 0.0), _TICK_S))
         while arrived is not None:
             sender, message, num_bytes = arrived
             arrived = transport.receive(0.0)
             if arrived is not None and _supersedes(arrived[0], arrived[1], sender, message):
                 continue
             outgoing += node.take(sender, message, num_bytes)
+        if due_s <= 0:  # after what has arrived: a parent that hangs makes every send late, and children wait
+            outgoing += node.wake()
 
 
 def _supersedes(sender: NodeId, message: Message, before: NodeId, old: Message) -> bool:
@@ -141,13 +141,20 @@ def _supersedes(sender: NodeId, message: Message, before: NodeId, old: Message) 
     return sender == before and message.kind is Kind.TASK and old.kind is Kind.TASK
 
 
-def _send(node: Node, transport: Transport, outgoing: list[Outgoing]) -> list[Outgoing]:
-    """Send messages, side by side where they go to several neighbours; return what the node says to faults."""
+def _send(node: Node, transport: Transport, outgoing: list[Outgoing], now_s: float) -> list[Outgoing]:
+    """Send messages, side by side where they go to several neighbours; return what the node says to faults.
+
+    A child that hangs is given up in half of the time that it has to answer: the others' answers wait meanwhile.
+    """
+    until_s = node.answers_until_s
 
     def send(one: Outgoing) -> int | None:
         size = sum(tensor.nbytes for tensor in one.message.payload.tensors.values())
+        limit_s = _SEND_S + size / _SLOWEST_BYTES_PER_S
+        if one.message.kind is Kind.TASK and until_s is not None:
+            limit_s = min(limit_s, max(until_s - now_s, 0.0) / 2)
         try:
-            return transport.send(one.target, one.message, _SEND_S + size / _SLOWEST_BYTES_PER_S)
+            return transport.send(one.target, one.message, limit_s)
         except TransportError as fault:
             _log.warning("%s: a %s to %s: %s", node.id, one.message.kind.value, one.target, fault.message)
             return None

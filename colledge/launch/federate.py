@@ -75,7 +75,9 @@ def run_job(job: FederationJob, world: World, ranks: Mapping[str, int], stop: St
     federation = Federation(job.federation, idle_watts(job))
     trainer_for = Trainers(job, federation, ranks, world.wire)
     if job.kind == "simulate":
-        _simulate(federation, make_console(), job.migrate, trainer_for, [_Stopping(stop)])
+        _simulate(
+            federation, make_console(), trainer_for, [_Stopping(stop), *_moves(federation, job.migrate)]
+        )
         return
     assert job.node is not None
     assert job.credentials is not None
@@ -98,9 +100,10 @@ def simulate(federation: Federation, console: Console, migrate: float = 0.0) -> 
     Raises:
         ColledgeError: The federation cannot go on.
     """
+    moves = _moves(federation, migrate)
     job = simulation_job(federation, migrate)
     if job is None:
-        _simulate(federation, console, migrate, federation.device_trainer)
+        _simulate(federation, console, federation.device_trainer, moves)
         return
     log = OutputFolder(job.output).log("coordinator")
     with ProfilingProgress(log, console, ("round ", "is not there", "trains under")) as progress:
@@ -111,9 +114,14 @@ def simulation_commands(federation: Federation, migrate: float = 0.0) -> str:
     """Return the lines that start a simulation with pools by hand, one for each process.
 
     Raises:
-        ConfigError: No node trains on a pool.
+        ConfigError: No node trains on a pool, or nobody would move.
     """
+    _moves(federation, migrate)
     return _commands(simulation_job(federation, migrate))
+
+
+def _moves(federation: Federation, share: float) -> list[RoundHook]:
+    return [Migration(federation.tree, share, federation.config.seed)] if share else []
 
 
 def _commands(job: FederationJob | None) -> str:
@@ -128,18 +136,15 @@ def _commands(job: FederationJob | None) -> str:
 def _simulate(
     federation: Federation,
     console: Console,
-    migrate: float,
     trainer_for: TrainerFor,
-    on_round: Sequence[RoundHook] = (),
+    on_round: Sequence[RoundHook],
 ) -> None:
     simulation = make_simulation(federation, console, trainer_for)
-    lines = _RoundLines(console)
+    lines = _RoundLines(console, federation.tree.root)
     simulation.on_round += [lines, *on_round]
-    if migrate:
-        simulation.on_round.append(Migration(federation.tree, migrate, federation.config.seed))
     folder, facts = federation.config.output, federation.facts(simulated=True)
     records = simulation.run()
-    lines.show(simulation)  # the last round, which no other follows
+    lines(simulation, 0)  # the last round, which no other follows
     write_atomically(folder / FACTS, facts.to_json())
     text = "".join(record.model_dump_json(exclude_none=True) + "\n" for record in records)
     write_atomically(folder / LINES, text)
@@ -159,15 +164,13 @@ class _Stopping:
 class _RoundLines:
     """Prints a line about every round of the root that ended (a `RoundHook`)."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, root: NodeId) -> None:
+        self._console, self._root = console, root
 
     def __call__(self, simulation: Simulation, round_index: int) -> None:
-        if simulation.records:
-            self.show(simulation)
-
-    def show(self, simulation: Simulation) -> None:
-        last = simulation.records[-1]
+        last = next((one for one in reversed(simulation.records) if one.node == self._root), None)
+        if last is None:
+            return
         accuracy = "" if last.accuracy is None else f", accuracy {last.accuracy:.4f}"
         after = f", after {format_seconds(last.ended_s)}" if last.ended_s else ""
         self._console.print(f"round {last.round}{accuracy}{after}", highlight=False)
@@ -207,7 +210,7 @@ def report(folder: Path, console: Console, target: float | None = None) -> Feder
 def make_simulation(
     federation: Federation, console: Console | None = None, trainer_for: TrainerFor | None = None
 ) -> Simulation:
-    """Return a simulation of a federation, ready to run; nodes whose data are missing are not there, and said.
+    """Return a simulation of a federation, ready to run; leaves whose data are missing are not there, and said.
 
     Args:
         federation: Its file.
@@ -215,7 +218,7 @@ def make_simulation(
         trainer_for: Where nodes train; by default in this process.
 
     Raises:
-        DataError: The common data are missing.
+        DataError: The common data are missing, or an inner node's.
     """
     make_trainer = trainer_for or federation.device_trainer
     absent: dict[NodeId, DataError] = {}
@@ -229,7 +232,7 @@ def make_simulation(
         try:
             node = federation.node(id, make_trainer(id, clock), clock, entering=partial(entering, id))
         except DataError as fault:
-            if config.data is None or console is None:
+            if config.data is None or console is None or federation.tree.children(id):
                 raise
             absent[id] = fault
             continue

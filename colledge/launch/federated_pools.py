@@ -9,7 +9,9 @@ colledge federate join     ── coordinator: one node  ─── the devices o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -195,7 +197,7 @@ class Trainers:
 class PoolPlanner:
     """Decides how a node's pool trains its models (a `PlanFor`): for the least of its `objective`.
 
-    Profiles and the plan are kept in the node's folder. What is measured holds for all models of as many layers: a
+    Profiles and the plan are kept in the node's folder. What is measured holds for all sub-models of as many layers: a
     plan for one of them is exact for the others, and rarely far from their best.
 
     Args:
@@ -247,10 +249,17 @@ class PoolPlanner:
             return None
         return read_plan(plan) if read_json(PlanningRequest, asked) == request else None
 
+    @property
+    def _model_name(self) -> str:
+        """The model's name in federation.yaml, and a digest of what is written there."""
+        name = self._federation.nodes[self._id].model
+        written = json.dumps(self._federation.config.models[name], sort_keys=True)
+        return f"{name} {sha256(written.encode()).hexdigest()[:12]}"
+
     def _profiles(self, num_layers: int) -> tuple[PoolProfile, ModelProfile] | None:
         """Return the profiles in the folder if they are of this pool and model, of so many layers, and of such rows.
 
-        A model counts as the same by its name in federation.yaml: ECLM's sub-models share profiles.
+        A model is the one that federation.yaml says: ECLM's sub-models share profiles.
         """
         profiles = planning.read_profiles(self._folder)
         if profiles is None:
@@ -264,7 +273,7 @@ class PoolPlanner:
         same = (
             modes == {device.id: (device.power_mode(),) for device in self._devices}
             and len(model.layers) == num_layers
-            and model.name == self._federation.nodes[self._id].model
+            and model.name == self._model_name
             and model.precision == precision
             and prod(self._federation.modality.row_shape) == row
         )
@@ -285,7 +294,7 @@ class PoolPlanner:
             self._ranks,
             self._devices,
             model,
-            name=self._federation.nodes[self._id].model,
+            name=self._model_name,
             row_shape=self._federation.modality.row_shape,
             global_batch_size=self._rows,
             precision=config.local.precision,

@@ -37,6 +37,7 @@ _ENDED_AT_ONCE = {  # kinds of job that save nothing on the way; what is left, a
     "simulate": ("a simulation keeps no state", "simulate again."),
 }
 LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
+_BY_HAND = {"simulate": "colledge federate simulate", "node": "colledge federate join"}  # or serve
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
 _EXIT_GRACE_S = 15.0  # for torchrun's agents to end after the coordinator did
@@ -169,13 +170,15 @@ class Supervisor:
             device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices
         ]
         if remote:
+            command = _BY_HAND.get(job.kind, "colledge train")
             raise LaunchError(
                 f"device {remote[0]!r} is on another machine, which colledge does not start yet.",
-                fix="start by hand the lines that the same command with --print-commands prints, one on each machine.",
+                fix=f"start the lines of `{command} --print-commands` by hand, one on each machine.",
             )
         self._agents = plan_agents(job, choose_port(job.pool))
         self._processes: list[Popen[bytes]] = []
         self._known: dict[int, psutil.Process] = {}
+        self._began_at: dict[str, int] = {}  # where in its log an agent began
 
     def run(self, on_poll: Progress | None = None) -> None:
         """Start the agents, wait for their end.
@@ -214,6 +217,7 @@ class Supervisor:
             log = self._folder.log(agent.name)
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab" if self._job.kind == "node" else "wb") as output:  # a node comes back
+                self._began_at[agent.name] = output.tell()
                 self._processes.append(
                     Popen(
                         agent.command,
@@ -278,10 +282,10 @@ class Supervisor:
 
     def _last_line(self, name: str) -> str:
         try:
-            lines = self._folder.log(name).read_text(errors="replace").strip().splitlines()
+            text = self._folder.log(name).read_bytes()[self._began_at[name] :].decode(errors="replace")
         except OSError:
             return ""
-        words = [line for line in lines if any(character.isalpha() for character in line)]
+        words = [line for line in text.strip().splitlines() if any(character.isalpha() for character in line)]
         telling = [line for line in words if "Error" in line and "ChildFailed" not in line] or words
         return telling[-1].strip()[:300] if telling else ""
 

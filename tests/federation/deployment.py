@@ -102,6 +102,13 @@ class Deployment:
             assert time.monotonic() < deadline, f"{id} is not in round {round_index}; {self.log(id)}"
             time.sleep(0.02)
 
+    def wait_for_child(self, id: str, child: str) -> None:
+        """Wait until a node has a child."""
+        path, deadline = self.output / id / "status.json", time.monotonic() + PATIENCE_S
+        while child not in json.loads(path.read_text())["children"]:
+            assert time.monotonic() < deadline, f"{id} has no child {child}; {self.log(id)}"
+            time.sleep(0.02)
+
     def wait(self) -> None:
         """Wait until all have ended, each with 0."""
         deadline = time.monotonic() + PATIENCE_S

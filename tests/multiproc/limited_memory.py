@@ -166,5 +166,3 @@ def main(folder: Path, limit_bytes: int, num_devices: int, timeout_s: float) -> 
                 print(json.dumps(row))
         finally:
             workers.close()
-            for process in workers.processes:
-                process.join(20)

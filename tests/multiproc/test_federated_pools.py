@@ -240,15 +240,40 @@ def test_a_federation_with_a_pool_is_simulated_and_finds_its_plan_again_when_sta
             "nodes: 'edge' has a pool from the catalog",
         ),
         (
+            {"edge": "devices: [{id: far, host: 192.168.1.7}]"},
+            "device 'far' is on another machine, which colledge does not start yet. Fix: start the lines of "
+            "`colledge federate simulate --print-commands`",
+        ),
+        (
             {"edge": POOL, "cloud": "coordinator: {port: 4711}\ndevices: [{id: other}]"},
             "nodes: the pools of 'cloud' and 'edge' have different coordinators",
         ),
     ],
-    ids=["one device twice", "catalog", "coordinators"],
+    ids=["one device twice", "catalog", "elsewhere", "coordinators"],
 )
 def test_pools_that_do_not_go_together_are_refused(pools: dict[str, str], said: str, tmp_path: Path) -> None:
     write(tmp_path, pools)
     assert_one_line(run_here(tmp_path, "federate", "simulate", "federation.yaml"), said)
+
+
+def test_lines_to_start_by_hand_are_of_nodes_on_pools(tmp_path: Path) -> None:
+    write(tmp_path, {"cloud": POOL})
+    printed = run_here(tmp_path, "federate", "serve", "federation.yaml", "--print-commands")
+    assert printed.returncode == 0, printed.stderr
+    named, lines = printed.stdout.splitlines()[::2], printed.stdout.splitlines()[1::2]
+    assert named == [f"# {name} (this machine)" for name in ("coordinator", "desk", "lap")]
+    assert lines[0].endswith(f"-m colledge.launch.coordinator {tmp_path / 'federation' / 'cloud'}")
+    assert [f"--nnodes=3 --node-rank={rank} " in line for rank, line in enumerate(lines)] == [True] * 3
+    assert_one_line(
+        run_here(tmp_path, "federate", "join", "federation.yaml", "--node", "a", "--print-commands"),
+        "--print-commands, and nothing here trains on a pool",
+    )
+    far = "coordinator: {address: 127.0.0.1}\ndevices: [{id: far, host: 192.168.1.7}]"
+    write(tmp_path, {"cloud": far})
+    assert_one_line(
+        run_here(tmp_path, "federate", "serve", "federation.yaml", "--print-commands"),
+        "device 'far' is on another machine and cannot reach the coordinator at 127.0.0.1",
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "killed"])

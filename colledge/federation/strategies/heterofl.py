@@ -35,11 +35,11 @@ Shape = tuple[int, ...]
 Shapes = dict[str, Shape]  # of a model's tensors, by name
 
 
-class _Task(Record):
-    """Channels of an attention head, and queries to a key, where there are heads: a slice must not cut into them."""
+class _Heads(Record):
+    """Sizes of a Llama's attention heads, which a slice must not cut into; None of other architectures."""
 
-    head_width: int | None = None
-    queries_to_a_key: int | None = None
+    head_dim: int | None = None
+    num_key_value_groups: int | None = None
 
 
 class _Slice(Record):
@@ -80,11 +80,11 @@ class HeteroFL(Averaging):
         super().receive(round_index, None if task is None else self._own_slice(task))
 
     def _own_slice(self, task: Payload) -> Payload:
-        heads, theirs = self._heads(), task.parse(_Task)
+        heads, theirs = self._heads(), task.parse(_Heads)
         if heads != theirs:
             raise ConfigError(
-                f"{self._node.id!r}: attention heads are {heads.head_width} wide here, with {heads.queries_to_a_key} "
-                f"queries to a key, and {theirs.head_width} with {theirs.queries_to_a_key} at its parent's; "
+                f"{self._node.id!r}: attention heads are {heads.head_dim} wide here, with {heads.num_key_value_groups} "
+                f"queries to a key, and {theirs.head_dim} with {theirs.num_key_value_groups} at its parent's; "
                 "narrower models have fewer heads, not other ones.",
                 fix="keep hidden / heads and heads / kv_heads as the parent has them.",
             )
@@ -106,12 +106,12 @@ class HeteroFL(Averaging):
         tensors = {name: leading(self._weights[name], shape) for name, shape in shapes.items()}
         return Payload(self._heads().model_dump(mode="json"), tensors)
 
-    def _heads(self) -> _Task:
+    def _heads(self) -> _Heads:
         sizes = self._node.model.spec.config
         if sizes["architecture"] != "llama":
-            return _Task()
+            return _Heads()
         heads = sizes["heads"]
-        return _Task(head_width=sizes["hidden"] // heads, queries_to_a_key=heads // sizes["kv_heads"])
+        return _Heads(head_dim=sizes["hidden"] // heads, num_key_value_groups=heads // sizes["kv_heads"])
 
     def check(self, child: NodeId, answer: Payload) -> None:
         """Check that an answer is a leading slice of this model, and what trained of it.
