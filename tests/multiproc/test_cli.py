@@ -142,7 +142,7 @@ def test_dry_run_starts_nothing(folder: Path) -> None:
 
 
 def test_interrupt_saves_and_resume_goes_on_under_another_plan(folder: Path, runs: Runs) -> None:
-    process = start_forked(folder, "train", "run.yaml", "--plan", "pipeline.json", "steps=5000")
+    process = start(folder, "run.yaml", "--plan", "pipeline.json", "steps=5000")
     wait_for_steps(folder, 3, process)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
