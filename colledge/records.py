@@ -174,8 +174,14 @@ def _fix_for(record: type[Record], error: ValidationError) -> str:
     fault = error.errors()[0]
     if fault["type"] in ("extra_forbidden", "missing") and len(fault["loc"]) == 1:
         return f"the top-level keys are {', '.join(_keys_of(record))}."
-    verb = "add" if fault["type"] == "missing" else "change"
-    return f"{verb} that value; `colledge config schema` prints what each file may hold."
+    match fault["type"]:
+        case "missing" | "union_tag_not_found":
+            verb = "add that value"
+        case "extra_forbidden":
+            verb = "take that key out"
+        case _:
+            verb = "change that value"
+    return f"{verb}; `colledge config schema` prints what each file may hold."
 
 
 def _read_text(path: Path, error: type[ConfigError]) -> str:

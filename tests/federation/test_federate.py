@@ -66,7 +66,7 @@ def change(folder: Path, **changes: Any) -> None:
             {"strategy": {"name": "fedbest"}},
             "strategy.name is 'fedbest', wanted one of fedavg, hierfavg, .*eclm",
         ),
-        ({"strategy": {"edge_rounds": 2}}, "key 'strategy.name' is missing"),
+        ({"strategy": {"edge_rounds": 2}}, "key 'strategy.name' is missing.*Fix: add that value"),
         ({"data": {"text": TEXT}}, "models.small: such data are for llama, saw architecture cnn"),
         (
             {"nodes": [NODES[0], {"id": "x", "parent": "cloud"}]},
@@ -87,7 +87,7 @@ def change(folder: Path, **changes: Any) -> None:
         ),
         ({"nodes": [NODES[0], {**NODES[1], "objective": "time"}]}, r"nodes\[1\].objective.*pool.yaml"),
         ({"nodes": [NODES[0], {**NODES[1], "count": 10**9}]}, "count"),
-        ({"strategy": {"name": "fedavg", "temperature": 3}}, "temperature"),
+        ({"strategy": {"name": "fedavg", "temperature": 3}}, "temperature.*Fix: take that key out"),
         ({"rounds": {"count": 2, "quorm": 0.5}}, "unknown key 'rounds.quorm'.*did you mean 'quorum'"),
         ({"data": {"source": "nowhere/at/all"}}, "nowhere/at/all"),
         ({"data": {"source": "digits", "split": {"dirichlet": 0.5, "classes": 2}}}, "split"),

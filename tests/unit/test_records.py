@@ -32,9 +32,15 @@ class Outer(Record):
     ("value", "words"),
     [
         ({"name": "a", "nmae": "b"}, ["unknown key 'nmae'", "top-level keys are name, inner, rows"]),
-        ({"name": "a", "inner": {"wats": 1, "watts": 1}}, ["unknown key 'inner.wats'"]),
-        ({"name": "a", "rows": [{"watts": 1}, {}]}, ["key 'rows[1].watts' is missing"]),
-        ({"name": 3}, ["name", "string", "saw 3"]),
+        (
+            {"name": "a", "inner": {"wats": 1, "watts": 1}},
+            ["unknown key 'inner.wats'", "Fix: take that key out"],
+        ),
+        (
+            {"name": "a", "rows": [{"watts": 1}, {}]},
+            ["key 'rows[1].watts' is missing", "Fix: add that value"],
+        ),
+        ({"name": 3}, ["name", "string", "saw 3", "Fix: change that value"]),
         ({"name": "a", "inner": {"watts": math.nan}}, ["inner.watts", "finite"]),
         ({}, ["key 'name' is missing"]),
         ({"nmae": 1}, ["and 1 more"]),
