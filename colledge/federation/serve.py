@@ -17,6 +17,7 @@ from typing import Protocol
 
 from pydantic import Field
 
+from colledge.errors import ConfigError
 from colledge.federation.clock import RealClock
 from colledge.federation.message import Kind, Message, MessageError, decode, encode
 from colledge.federation.node import Node, Outgoing
@@ -80,9 +81,15 @@ class NodeFolder:
 
     @property
     def parent(self) -> NodeId | None:
-        """Whose child the node was when it last ran; None where it has not run, or has none."""
+        """Whose child the node was when it last ran; None where that is not known, or it has none."""
         path = self.path / "status.json"
-        return read_json(NodeStatus, path).parent if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return read_json(NodeStatus, path).parent
+        except ConfigError as fault:
+            _log.warning("%s It is left out", fault.message)
+            return None
 
     def note(self, lines: Iterable[NodeRound], name: str = "rounds.jsonl") -> None:
         """Add lines to a file of records."""

@@ -250,6 +250,8 @@ class Migration:
         generator = generator_of("migration", self._seed, round_index)
         for index in torch.randperm(len(self._leaves), generator=generator)[: self._count].tolist():
             leaf = self._leaves[index]
+            if leaf not in simulation.nodes:  # its data are missing
+                continue
             others = self._others(simulation.nodes[leaf].node.parent)
             if others:
                 pick = int(torch.randint(len(others), (), generator=generator))

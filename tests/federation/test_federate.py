@@ -226,6 +226,15 @@ def test_a_node_that_moves_tells_the_parent_of_before(
     assert sent == told
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b'{"node": 1}'])
+def test_a_damaged_status_is_said_and_left_out(
+    tmp_path: Path, damage: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "status.json").write_bytes(damage)
+    assert NodeFolder(tmp_path).parent is None
+    assert [str(tmp_path / "status.json") in line for line in caplog.messages] == [True]
+
+
 def test_one_round_without_devices_takes_a_time_that_is_not_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -260,6 +269,12 @@ def test_a_node_whose_data_are_missing_is_not_there_and_others_go_on(
     assert "lost is not there" in printed
     assert "2 rounds" in printed
     why = r"lost is not there: \S+gone: no such folder. So 'edge' has 2 of 3 children, wanted 3; missing: lost.*quorum"
+    elsewhere = [{"id": "other", "parent": "cloud", "model": "small"}]
+    elsewhere += [{"id": f"far-{i}", "parent": "other", "model": "small"} for i in range(3)]
+    change(tmp_path, nodes=[*nodes, *elsewhere], rounds={"count": 2, "quorum": 0.6})
+    app(["federate", "simulate", str(tmp_path / "federation.yaml"), "--migrate", "1"], standalone_mode=False)
+    assert "2 rounds" in capsys.readouterr().out
+    change(tmp_path, nodes=nodes, rounds={"count": 2, "quorum": 0.6})
     with pytest.raises(ConfigError, match=why):
         app(
             ["federate", "simulate", str(tmp_path / "federation.yaml"), "rounds.quorum=1"],
