@@ -292,6 +292,7 @@ class Federation:
             config.rounds,
             clock,
             self.greeting,
+            model.spec.model_dump(mode="json"),
             store,
             self._judge(is_root, entering),
         )

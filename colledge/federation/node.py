@@ -24,10 +24,10 @@ from typing import Protocol
 
 from pydantic import JsonValue
 
-from colledge.errors import ColledgeError, ConfigError, ModelError
+from colledge.errors import ColledgeError, ConfigError
 from colledge.federation.clock import Clock
 from colledge.federation.message import Kind, Message, MessageError, Payload
-from colledge.federation.node_state import NodeState
+from colledge.federation.node_state import NodeState, difference
 from colledge.federation.record import NodeRound
 from colledge.federation.rounds import Gathering, RoundSettings
 from colledge.federation.strategy import Strategy
@@ -100,6 +100,7 @@ class Node:
         settings: How rounds end.
         clock: Its time.
         greeting: What parent and child must agree on, by name.
+        model: The spec of its model; a state of another one is refused.
         store: Where its state is kept; None keeps none.
         judge: Tells how good its model is; None is not known.
     """
@@ -114,6 +115,7 @@ class Node:
         settings: RoundSettings,
         clock: Clock,
         greeting: Mapping[str, JsonValue],
+        model: Mapping[str, JsonValue],
         store: Store | None = None,
         judge: Judge | None = None,
     ) -> None:
@@ -125,12 +127,14 @@ class Node:
         self._trainer, self._settings, self._clock, self._store = trainer, settings, clock, store
         self._judge = judge
         self._greeting = dict(greeting)
+        self._terms: dict[str, JsonValue] = {**greeting, "model": dict(model)}
         self._phase = _Phase.JOINING
         self._gathering: Gathering | None = None
         self._task: tuple[NodeId, Key] | None = None  # the last one begun
         self._answer: Payload | None = None  # to it, once there is one
         self._next: tuple[NodeId, Message] | None = None  # a task that came while another was under way
         self._late: dict[NodeId, Payload] = {}
+        self._left: set[NodeId] = set()  # children that left and did not come back
         self._unstopped: set[NodeId] = set()  # children that do not know yet that all is over
         self._answer_s: dict[NodeId, float] = {}
         self._misses: dict[NodeId, int] = {}
@@ -171,16 +175,17 @@ class Node:
         """Begin, or go on from the state that was kept.
 
         Raises:
-            ConfigError: The state is of another strategy or model.
+            ConfigError: The state is of another federation.
         """
         self._heard_s = self._clock.now_s()
         kept = self._store.load() if self._store is not None else None
         if kept is not None:
             state = self._restore(kept)
-            self._phase = _Phase.IDLE
             if state.finished:
                 return self._finish()
-            return self._ready() if state.part is None else self._gather(state.part)
+            if state.round:
+                self._phase = _Phase.IDLE
+                return self._ready() if state.part is None else self._gather(state.part)
         if not self._expected:
             return self._ready()
         self._due_in(self._settings.first_deadline_s)
@@ -308,6 +313,9 @@ class Node:
         if self._phase is _Phase.FINISHED:
             return [Outgoing(child, Message(Kind.STOP))]
         self.children.add(child)
+        if child in self._left:
+            self._left.discard(child)
+            self._keep_left()
         if self._phase is _Phase.JOINING and self.children >= self._expected:
             return self._ready()
         gathering = self._gathering
@@ -321,12 +329,16 @@ class Node:
         if self._phase is _Phase.JOINING:
             self._expected.discard(child)
             self.children.discard(child)
+            self._left.add(child)
+            self._keep_left()
             return self._ready() if self.children >= self._expected else []
         if child not in self.children or self._phase is _Phase.FINISHED:
             return []
         self.children.discard(child)
         self._late.pop(child, None)
         self.strategy.forget(child)
+        self._left.add(child)
+        self._keep_left()
         if self._gathering is None:
             return []
         self._gathering.waiting.discard(child)
@@ -552,6 +564,7 @@ class Node:
         if self._store is None:
             return
         state = NodeState(
+            terms=self._terms,
             round=self.round,
             part=part,
             finished=self._phase is _Phase.FINISHED,
@@ -560,22 +573,44 @@ class Node:
         )
         self._store.save(state.to_message(self.strategy.state(), self._answer))
 
+    def _keep_left(self) -> None:
+        """Add to the state that was kept which children left; the rest stays as it was then."""
+        if self._store is None:
+            return
+        kept, answer = self._store.load(), None
+        if kept is None:
+            state, strategy = NodeState(terms=self._terms), Payload()
+        else:
+            state, strategy, answer = NodeState.from_message(kept)
+        state = state.model_copy(update={"left": tuple(sorted(self._left))})
+        self._store.save(state.to_message(strategy, answer))
+
     def _restore(self, kept: Message) -> NodeState:
         """Take a state up, and return it.
 
         Raises:
-            ConfigError: It is of another strategy or model.
+            ConfigError: It is of another federation.
         """
+        why: str | None
         try:
             state, strategy, self._answer = NodeState.from_message(kept)
-            self.strategy.restore(strategy)
-        except (MessageError, ModelError, KeyError) as fault:
-            why = f"no {fault}" if isinstance(fault, KeyError) else fault.message.rstrip(".")
+            why = difference(state.terms, self._terms)
+        except MessageError as fault:
+            why = fault.message.rstrip(".")
+        if why is not None:
             raise ConfigError(
-                f"the state that {self.id!r} kept is of another strategy or model ({why}).",
+                f"the state that {self.id!r} kept is of another federation: {why}.",
                 fix="bring federation.yaml back to what it was, or give another output.",
-            ) from None
-        self.round, self.children = state.round, set(state.children)
+            )
+        self._left = set(state.left)
+        if self.parent is None and self._left >= (set(state.children) if state.round else self._expected):
+            self._left = set()  # a root that all have left waits for them, so that nodes can join it
+        self._expected -= self._left
+        if state.round:
+            self.strategy.restore(strategy)
+            for child in sorted(self._left):
+                self.strategy.forget(child)
+        self.round, self.children = state.round, set(state.children) - self._left
         self._task = None if state.task is None else (state.task[0], (state.task[1], state.task[2]))
         self._merged = (state.round, self.strategy.parts if state.part is None else state.part - 1)
         self._line = NodeRound(node=self.id, round=self.round, began_s=self._clock.now_s())

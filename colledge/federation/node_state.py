@@ -9,6 +9,7 @@ from colledge.federation.message import Kind, Message, Payload
 from colledge.records import Record
 
 _STRATEGY, _ANSWER = "strategy/", "answer/"  # before the names of tensors
+_LONGEST_VALUE = 100
 
 
 class _Kept(Record):
@@ -21,13 +22,17 @@ class NodeState(Record):
     """Where a node stands, beside its strategy's state and its last answer.
 
     `part` is where in a round it is, None between rounds; `task` the last one begun: whose, of which round and part.
+    `left` are children that left after this was kept, and did not come back; `terms` is what must be the same at a
+    restart. A state of round 0 is of a node that has not begun: there is nothing of its strategy to take up.
     """
 
-    round: int
-    part: int | None
-    finished: bool
-    task: tuple[str, int, int] | None
-    children: tuple[str, ...]
+    terms: dict[str, JsonValue]
+    round: int = 0
+    part: int | None = None
+    finished: bool = False
+    task: tuple[str, int, int] | None = None
+    children: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     def to_message(self, strategy: Payload, answer: Payload | None) -> Message:
         """Return all that a node keeps."""
@@ -53,6 +58,17 @@ class NodeState(Record):
 
         answer = None if kept.answer is None else Payload(kept.answer, part(_ANSWER))
         return kept.node, Payload(kept.strategy, part(_STRATEGY)), answer
+
+
+def difference(before: JsonValue, now: JsonValue, name: str = "") -> str | None:
+    """Return a line about the first value that differs, by its path of keys; None where none does."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        found = (difference(before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
+        return next(filter(None, found), None)
+    if before == now:
+        return None
+    return f"{name} was {str(before)[:_LONGEST_VALUE]}, is {str(now)[:_LONGEST_VALUE]}"
 
 
 _Kept.model_rebuild()

@@ -138,6 +138,7 @@ class World:
             limits,
             self.clocks[id],
             {},
+            {},
             self.stores[id],
             judge,
         )

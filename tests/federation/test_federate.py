@@ -25,6 +25,7 @@ from colledge.federation.message import (
     decode,
     encode,
 )
+from colledge.federation.node import Node
 from colledge.federation.report import read_report
 from colledge.federation.serve import NodeFolder, NodeStatus
 from colledge.federation.simulation import Simulated
@@ -233,6 +234,54 @@ def test_a_damaged_status_is_said_and_left_out(
     (tmp_path / "status.json").write_bytes(damage)
     assert NodeFolder(tmp_path).parent is None
     assert [str(tmp_path / "status.json") in line for line in caplog.messages] == [True]
+
+
+LLAMA = {
+    "architecture": "llama",
+    "hidden": 8,
+    "intermediate": 8,
+    "heads": 2,
+    "kv_heads": 2,
+    "blocks": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "why"),
+    [
+        (
+            {"strategy": {"name": "fedeec", "autoencoder": {"embedding_channels": 4}}},
+            {"strategy": {"name": "fedeec", "autoencoder": {"embedding_channels": 2}}},
+            "strategy.autoencoder.embedding_channels was 4, is 2",
+        ),
+        ({}, {"strategy": {"name": "hierfavg"}}, "strategy.*was"),
+        ({}, {"seed": 1}, "seed was 0, is 1"),
+        (
+            {"models": {"small": LLAMA}},
+            {"models": {"small": {**LLAMA, "blocks": 1}}},
+            r"model.config.blocks was 2, is 1",
+        ),
+    ],
+)
+def test_a_state_of_another_federation_is_refused_in_one_line(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], why: str
+) -> None:
+    (tmp_path / "words.jsonl").write_text('{"text": "some words, again and again"}\n' * 20)
+    text = {"data": {"source": str(tmp_path / "words.jsonl"), "text": TEXT, "split": {"successive": True}}}
+
+    def node(changes: dict[str, Any]) -> Node:
+        change(tmp_path, **(text if "models" in changes else {}), **changes)
+        loaded, clock = federate.read_federation(tmp_path / "federation.yaml"), VirtualClock()
+        store = NodeFolder(tmp_path / "end-0")
+        return loaded.node("end-0", loaded.device_trainer("end-0", clock), clock, store)
+
+    first = node(before)
+    first.start()
+    first.take("edge", Message(Kind.STOP))
+    node(before).start()
+    with pytest.raises(ConfigError, match=f"'end-0' kept is of another federation: {why}") as found:
+        node({**before, **now}).start()
+    assert "\n" not in str(found.value)
 
 
 def test_one_round_without_devices_takes_a_time_that_is_not_known(

@@ -237,7 +237,7 @@ def text_nodes(models: Mapping[str, int], rounds: int) -> tuple[Simulation, Labe
         strategy = GKT(own, GKTSettings(cuts=(2,), parent_epochs=4, features="int8"), local)
         settings = RoundSettings(count=rounds)
         parent, children = (None, leaves) if is_root else ("cloud", [])
-        places[id] = Simulated(Node(id, parent, children, strategy, trainer, settings, clock, {}), clock)
+        places[id] = Simulated(Node(id, parent, children, strategy, trainer, settings, clock, {}, {}), clock)
     return Simulation("cloud", places), text.take(torch.arange(256, 320))
 
 

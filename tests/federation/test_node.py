@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -157,6 +158,61 @@ def test_a_child_that_moves_before_its_parent_began_is_not_waited_for() -> None:
     assert max(record.ended_s for record in records) < 60.0
 
 
+@pytest.mark.parametrize("when", ["joining", "in the first round", "in the second round"])
+def test_a_parent_that_was_told_of_a_leave_knows_it_after_a_restart(when: str) -> None:
+    limits = RoundSettings(count=6, deadline=600.0, first_deadline=600.0)
+    world = World(TREE, limits, busy_s={"a": 5.0})  # a round takes seven seconds
+    left_at_s = 9.0 if when == "in the second round" else 2.0
+    if when == "joining":
+        world.die("a", 0.0, 4.0)  # so that its parent waits for it
+    world.simulation.at(left_at_s, lambda: world.simulation.move("b", "edge-1"))
+    world.die("edge-0", left_at_s + 1.0, 0.5)
+    records = world.run()
+    assert world.strategy("edge-0").merged[-1] == (6, ("a",))
+    assert world.strategy("edge-0").forgotten == (["b"] if when == "in the second round" else [])
+    assert world.strategy("edge-1").merged[-1] == (6, ("b", "c", "d"))
+    assert not any(record.missing or record.failed for record in records)
+    assert max(record.ended_s for record in records) < 600.0  # nobody was waited for until a deadline
+
+
+JOIN = Message(Kind.JOIN, payload=Payload({"toy": True}))
+
+
+def answer_to(task: Message) -> Message:
+    answer = Payload({"answer": {"digest": "x"}, "records": []}, {"x": torch.ones(3)})
+    return Message(Kind.ANSWER, task.round, task.part, answer)
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_a_child_that_left_and_came_back_is_expected_after_a_restart(began: bool) -> None:
+    world = World({"cloud": None, "a": "cloud", "b": "cloud"}, PATIENT)
+    node = world.simulation.nodes["cloud"].node
+    node.start()
+    if began:
+        for task in node.take("a", JOIN) + node.take("b", JOIN):
+            node.take(task.target, answer_to(task.message))
+    node.take("b", Message(Kind.LEAVE))
+    node.take("b", JOIN)
+    again = world.make("cloud")
+    tasks = again.start() if began else again.start() + again.take("a", JOIN) * 2 + again.take("b", JOIN)
+    assert [task.target for task in tasks] == ["a", "b"]
+
+
+@pytest.mark.parametrize("began", [False, True])
+def test_a_root_that_all_have_left_waits_for_nodes_after_a_restart(began: bool) -> None:
+    world = World({"cloud": None, "a": "cloud"}, PATIENT)
+    node = world.simulation.nodes["cloud"].node
+    node.start()
+    if began:
+        [task] = node.take("a", JOIN)
+        node.take("a", answer_to(task.message))
+    with pytest.raises(ColledgeError, match="all children of 'cloud' have left"):
+        node.take("a", Message(Kind.LEAVE))
+    again = world.make("cloud")
+    assert [one.target for one in again.start()] == (["a"] if began else [])
+    assert "other" in [one.target for one in again.take("other", JOIN) + again.take("a", JOIN)]
+
+
 def test_a_child_that_leaves_before_it_joined_is_not_waited_for() -> None:
     node = World(TREE, PATIENT).simulation.nodes["edge-0"].node
     node.start()
@@ -205,7 +261,9 @@ def test_a_malformed_answer_counts_as_none(caplog: pytest.LogCaptureFixture) -> 
     ("change", "why"),
     [
         (lambda fields: fields.pop("node"), "a malformed payload: key 'node' is missing"),
-        (lambda fields: fields["strategy"].clear(), "no 'digest'"),
+        (lambda fields: fields["node"].pop("terms"), "a malformed payload: key 'node.terms' is missing"),
+        (lambda fields: fields["node"]["terms"].update(toy=[1]), r"toy was \[1\], is True"),
+        (lambda fields: fields["node"]["terms"]["model"].update(blocks=2), "model.blocks was 2, is None"),
     ],
 )
 def test_a_state_of_another_federation_is_refused_in_one_line(
@@ -218,7 +276,7 @@ def test_a_state_of_another_federation_is_refused_in_one_line(
     change(fields)
     world.stores["a"].kept = encode(Message(kept.kind, payload=Payload(fields, kept.payload.tensors)))
     with pytest.raises(
-        ConfigError, match=f"'a' kept is of another strategy or model.*{why}.*output"
+        ConfigError, match=f"'a' kept is of another federation: {why}. Fix: .*output"
     ) as found:
         world.make("a").start()
     assert "\n" not in str(found.value)

@@ -26,6 +26,7 @@ class Chain(Strategy):
     def __init__(self, id: str, parts: int = 1, takes_late: bool = False) -> None:
         self.id, self.parts, self.takes_late = id, parts, takes_late
         self.digest, self.merged = id, []  # type: tuple[str, list[tuple[int, tuple[str, ...]]]]
+        self.forgotten: list[str] = []
         self.round = 0
 
     def _add(self, *words: object) -> None:
@@ -53,6 +54,7 @@ class Chain(Strategy):
         return Payload({"digest": self.digest}, {"x": torch.ones(3)})
 
     def forget(self, child: str) -> None:
+        self.forgotten.append(child)
         self._add("forget", child)
 
     def state(self) -> Payload:
@@ -128,6 +130,7 @@ class World:
             self.settings,
             clock,
             {"toy": True},
+            {},
             self.stores[id],
         )
 
