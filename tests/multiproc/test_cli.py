@@ -36,7 +36,6 @@ from tests.multiproc.commands import (
     shard,
     start,
     start_by_hand,
-    start_forked,
     wait_for_steps,
 )
 
