@@ -127,7 +127,7 @@ class Node:
         self._trainer, self._settings, self._clock, self._store = trainer, settings, clock, store
         self._judge = judge
         self._greeting = dict(greeting)
-        self._terms: dict[str, JsonValue] = {**greeting, "model": dict(model)}
+        self._terms: dict[str, JsonValue] = {"node": id, **greeting, "model": dict(model)}
         self._phase = _Phase.JOINING
         self._gathering: Gathering | None = None
         self._task: tuple[NodeId, Key] | None = None  # the last one begun
@@ -599,7 +599,7 @@ class Node:
             why = fault.message.rstrip(".")
         if why is not None:
             raise ConfigError(
-                f"the state that {self.id!r} kept is of another federation: {why}.",
+                f"the state that {self.id!r} kept is of another federation or node: {why}.",
                 fix="bring federation.yaml back to what it was, or give another output.",
             )
         self._left = set(state.left)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from colledge.errors import ConfigError
 from colledge.federation.clock import VirtualClock
-from colledge.federation.message import DEFAULT_LIMIT_BYTES, decode, encode
+from colledge.federation.message import DEFAULT_LIMIT_BYTES, Kind, decode, encode
 from colledge.federation.node import Node, Outgoing
 from colledge.federation.record import NodeRound
 from colledge.federation.transport import NodeId
@@ -194,7 +194,8 @@ class Simulation:
             self.at(leaves_s, lambda: self._act(sender, node, lambda: node.undelivered(outgoing)))
             return
         node.delivered(outgoing, len(data))
-        link = (self.nodes[sender] if node.parent == target else to).link
+        is_down = outgoing.message.kind in (Kind.TASK, Kind.STOP)
+        link = (to if is_down else self.nodes[sender]).link  # the child's, also to a parent that it leaves
         begin_s = max(leaves_s, self._free_at_s.get((sender, target), 0.0))
         end_s = begin_s + link.transfer_s(len(data))
         self._free_at_s[sender, target] = end_s

@@ -320,12 +320,14 @@ def run_node(federation: Federation, id: NodeId, credentials: Path, parent: Node
 
     Raises:
         ConfigError: There is no such node, it may not move there, or its certificate is not valid.
+        LaunchError: It runs already.
         ColledgeError: The federation cannot go on.
     """
     _check_place(federation, id, parent)
     job = node_job(federation, id, credentials, parent)
     if job is None:
-        _serve(federation, id, credentials, parent, federation.device_trainer, StopRequest())
+        with OutputFolder(federation.config.output / id).locked():  # a pool's coordinator holds its own
+            _serve(federation, id, credentials, parent, federation.device_trainer, StopRequest())
     else:
         Supervisor(job).run()
 

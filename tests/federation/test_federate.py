@@ -28,7 +28,7 @@ from colledge.federation.message import (
 from colledge.federation.node import Node
 from colledge.federation.report import read_report
 from colledge.federation.serve import NodeFolder, NodeStatus
-from colledge.federation.simulation import Simulated
+from colledge.federation.simulation import Migration, Simulated
 from colledge.federation.transport import TransportError
 from colledge.launch import federate
 from colledge.launch.cli import app
@@ -279,7 +279,7 @@ def test_a_state_of_another_federation_is_refused_in_one_line(
     first.start()
     first.take("edge", Message(Kind.STOP))
     node(before).start()
-    with pytest.raises(ConfigError, match=f"'end-0' kept is of another federation: {why}") as found:
+    with pytest.raises(ConfigError, match=f"'end-0' kept is of another federation or node: {why}") as found:
         node({**before, **now}).start()
     assert "\n" not in str(found.value)
 
@@ -451,6 +451,30 @@ def test_nodes_that_disagree_about_images_are_refused_by_name(
     with pytest.raises(ColledgeError, match=f"'cloud' refuses 'b': {said}") as found:
         simulation.run()
     assert "\n" not in str(found.value)
+
+
+def test_who_moves_in_the_first_round_is_not_waited_for_where_it_was(tmp_path: Path) -> None:
+    far = {
+        "model": "small",
+        "bandwidth": "20 Mbit/s",
+        "latency": "5 ms",
+    }  # joining takes longer than beginning
+    loaded = federation(
+        tmp_path,
+        {"name": "fedavg"},
+        rounds={"count": 2},
+        nodes=[
+            {"id": "cloud", "model": "small"},
+            {"id": "edge", "count": 2, "parent": "cloud", "model": "small"},
+            {"id": "end", "count": 4, "parent": "edge", **far},
+        ],
+    )
+    simulation = federate.make_simulation(loaded)
+    simulation.on_round.append(Migration(loaded.tree, 0.25, seed=0))
+    records = simulation.run()
+    now = {id: simulation.nodes[id].node.parent for id in loaded.tree.leaves}
+    assert now != {id: loaded.tree.parents[id] for id in loaded.tree.leaves}
+    assert not [record for record in records if record.missing or record.failed]
 
 
 def test_averaging_is_the_mean_weighted_by_samples_whatever_the_tree(tmp_path: Path) -> None:

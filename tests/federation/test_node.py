@@ -263,6 +263,7 @@ def test_a_malformed_answer_counts_as_none(caplog: pytest.LogCaptureFixture) -> 
         (lambda fields: fields.pop("node"), "a malformed payload: key 'node' is missing"),
         (lambda fields: fields["node"].pop("terms"), "a malformed payload: key 'node.terms' is missing"),
         (lambda fields: fields["node"]["terms"].update(toy=[1]), r"toy was \[1\], is True"),
+        (lambda fields: fields["node"]["terms"].update(node="b"), "node was b, is a"),
         (lambda fields: fields["node"]["terms"]["model"].update(blocks=2), "model.blocks was 2, is None"),
     ],
 )
@@ -276,7 +277,7 @@ def test_a_state_of_another_federation_is_refused_in_one_line(
     change(fields)
     world.stores["a"].kept = encode(Message(kept.kind, payload=Payload(fields, kept.payload.tensors)))
     with pytest.raises(
-        ConfigError, match=f"'a' kept is of another federation: {why}. Fix: .*output"
+        ConfigError, match=f"'a' kept is of another federation or node: {why}. Fix: .*output"
     ) as found:
         world.make("a").start()
     assert "\n" not in str(found.value)

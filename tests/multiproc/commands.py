@@ -73,7 +73,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "COLLEDGE_TIMEOUT_S": "40", "OMP_NUM_THREADS": "1"}
 
 
-def colledge(folder: Path, *arguments: str, timeout_s: float = 100) -> subprocess.CompletedProcess[str]:
+def colledge(folder: Path, *arguments: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [COLLEDGE, *arguments],
         cwd=folder,
@@ -86,7 +86,7 @@ def colledge(folder: Path, *arguments: str, timeout_s: float = 100) -> subproces
 
 
 def forked_colledge(
-    folder: Path, *arguments: str, timeout_s: float = 100
+    folder: Path, *arguments: str, timeout_s: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Run a command whose processes are all forks, which begin at once; it is the same code otherwise."""
     return forked.run(forked.colledge, *arguments, timeout_s=timeout_s, environment=environment(), cwd=folder)
