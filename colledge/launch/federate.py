@@ -195,6 +195,7 @@ def report(folder: Path, console: Console, target: float | None = None) -> Feder
     )
     console.print(made.discloses, highlight=False)
     console.print(made.accuracy_text, highlight=False)
+    console.print(made.busy_text, highlight=False)
     if target is not None:
         reached = (
             f"in {format_count(made.rounds_to_target, 'round')}, {format_joules(made.joules_to_target)}"

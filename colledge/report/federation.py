@@ -98,6 +98,11 @@ class FederationReport(Record):
         return f"Accuracy is the share of {self.judged} that a model predicts right."
 
     @property
+    def busy_text(self) -> str:
+        """Where busy seconds come from, as a sentence."""
+        return "Busy seconds are modelled where a node names a device of the catalog, and measured where it does not."
+
+    @property
     def seconds_text(self) -> str:
         """How long it took, in words: unknown in a simulation without devices and links."""
         return format_seconds(self.seconds) if self.seconds else "unknown time"
