@@ -14,7 +14,7 @@ from torch import Tensor
 from colledge.data.labelled import Labelled
 from colledge.data.partition import deal
 from colledge.errors import DataError, ModelError
-from colledge.federation.clock import Clock
+from colledge.federation.clock import Clock, VirtualClock
 from colledge.federation.config import FederationConfig, NodeConfig, expand, tree_of
 from colledge.federation.modality import ImageModality, Modality, TextModality
 from colledge.federation.node import Judge, Node, Store
@@ -241,9 +241,11 @@ class Federation:
         return kind.largest_batch(self.config.local.batch_size, has_data)
 
     def device_trainer(self, id: NodeId, clock: Clock) -> Trainer:
-        """Return the trainer of a node on one device."""
-        mode, local = self.power_of(id), self.config.local
-        speed = Speed() if mode is None else Speed(mode.achieved_flops_per_s, mode.compute_w - mode.idle_w)
+        """Return the trainer of a node on one device; its speed is the catalog's in virtual time, its own in real."""
+        mode, local, speed = self.power_of(id), self.config.local, Speed()
+        if mode is not None:
+            flops_per_s = mode.achieved_flops_per_s if isinstance(clock, VirtualClock) else None
+            speed = Speed(flops_per_s, mode.compute_w - mode.idle_w)
         return DeviceTrainer(local.optimizer, local.precision, clock, speed)
 
     def node(

@@ -266,16 +266,14 @@ class PoolPlanner:
             return None
         pool, model = profiles
         precision = self._federation.config.local.precision
-        row = (
-            model.input_bytes_per_sample // DTYPES[precision].itemsize or model.sequence_length
-        )  # its numbers
+        numbers_in_a_row = model.input_bytes_per_sample // DTYPES[precision].itemsize or model.sequence_length
         modes = {device.id: device.modes for device in pool.devices}
         same = (
             modes == {device.id: (device.power_mode(),) for device in self._devices}
             and len(model.layers) == num_layers
             and model.name == self._model_name
             and model.precision == precision
-            and prod(self._federation.modality.row_shape) == row
+            and prod(self._federation.modality.row_shape) == numbers_in_a_row
         )
         return profiles if same else None
 

@@ -100,7 +100,9 @@ class FederationReport(Record):
     @property
     def busy_text(self) -> str:
         """Where busy seconds come from, as a sentence."""
-        return "Busy seconds are modelled where a node names a device of the catalog, and measured where it does not."
+        if self.source == "measured":
+            return "Busy seconds are measured."
+        return "Busy seconds are modelled from the speed of nodes' devices; those of pools are measured."
 
     @property
     def seconds_text(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.exceptions import TyperException
 from colledge.data.images import load_images
 from colledge.errors import ColledgeError, ConfigError
 from colledge.federation.build import Federation
-from colledge.federation.clock import VirtualClock
+from colledge.federation.clock import RealClock, VirtualClock
 from colledge.federation.message import (
     DEFAULT_LIMIT_BYTES,
     Kind,
@@ -451,6 +452,30 @@ def test_nodes_that_disagree_about_images_are_refused_by_name(
     with pytest.raises(ColledgeError, match=f"'cloud' refuses 'b': {said}") as found:
         simulation.run()
     assert "\n" not in str(found.value)
+
+
+def test_busy_seconds_are_the_catalog_s_in_virtual_time_and_a_clock_s_in_real(tmp_path: Path) -> None:
+    loaded = federation(
+        tmp_path,
+        {"name": "fedavg"},
+        nodes=[
+            {"id": "cloud", "model": "small"},
+            {"id": "end", "parent": "cloud", "model": "small", "device": "raspberry-pi-5"},
+        ],
+    )
+    mode = loaded.power_of("end")
+    assert mode is not None
+    assert mode.achieved_flops_per_s is not None
+    works = []
+    for clock in (VirtualClock(), RealClock()):
+        trainer = loaded.device_trainer("end", clock)
+        with trainer.beside(mode.achieved_flops_per_s):  # a second of that device's
+            time.sleep(0.05)
+        works.append(trainer.take_work())
+    assert works[0].compute_s == 1.0
+    assert 0.05 <= works[1].compute_s < 1.0
+    for work in works:
+        assert work.joules == pytest.approx((mode.compute_w - mode.idle_w) * work.compute_s)
 
 
 def test_who_moves_in_the_first_round_is_not_waited_for_where_it_was(tmp_path: Path) -> None:
