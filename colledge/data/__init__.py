@@ -1,14 +1,15 @@
 """Training data as batches of rows: read, tokenised, packed or padded, and drawn by (seed, step) alone."""
 
 from colledge.data.batch import Batch
-from colledge.data.examples import Example, count_kinds, read_examples, split_examples
 from colledge.data.images import ImageSettings, image_settings, load_images
 from colledge.data.labelled import Labelled
 from colledge.data.partition import SplitSettings, deal
-from colledge.data.rows import IGNORED_LABEL, Rows, Tokenizer, Tokens, make_rows, tokenize
 from colledge.data.sampler import rows_for_step
-from colledge.data.text import TextSettings, load_text, read_texts, text_rows
-from colledge.data.tokenizer import ByteTokenizer, load_tokenizer, vocabulary_digest
+from colledge.data.text.examples import Example, count_kinds, read_examples, split_examples
+from colledge.data.text.rows import IGNORED_LABEL, Rows, make_rows
+from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
+from colledge.data.text.tokenizer import ByteTokenizer, load_tokenizer, vocabulary_digest
+from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
 
 __all__ = [
     "IGNORED_LABEL",

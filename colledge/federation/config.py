@@ -10,7 +10,7 @@ from pydantic import Field, JsonValue, model_validator
 
 from colledge.data.images import ImageSettings
 from colledge.data.partition import SplitSettings
-from colledge.data.text import TextSettings
+from colledge.data.text.source import TextSettings
 from colledge.errors import ConfigError
 from colledge.federation.learning import LocalSettings
 from colledge.federation.rounds import RoundSettings

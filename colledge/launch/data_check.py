@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from colledge.data import Tokenizer, Tokens, count_kinds, read_examples, tokenize
-from colledge.data.examples import Kind
+from colledge.data.text.examples import Kind
 from colledge.errors import DataError
 from colledge.settings import LossOn
 

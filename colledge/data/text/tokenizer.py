@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from colledge.data.rows import Tokenizer
+from colledge.data.text.tokens import Tokenizer
 from colledge.errors import ModelError
 
 BYTES = "bytes"

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from pydantic import Field
 
-from colledge.data.examples import SUFFIXES, Example, read_examples
 from colledge.data.labelled import Labelled
-from colledge.data.rows import Tokenizer, make_rows
-from colledge.data.tokenizer import BYTES, ByteTokenizer, load_tokenizer
+from colledge.data.text.examples import SUFFIXES, Example, read_examples
+from colledge.data.text.rows import make_rows
+from colledge.data.text.tokenizer import BYTES, ByteTokenizer, load_tokenizer
+from colledge.data.text.tokens import Tokenizer
 from colledge.errors import DataError
 from colledge.records import Record
 

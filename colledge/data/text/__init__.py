@@ -1,0 +1,1 @@
+"""Text: read from files, rendered and tokenised, and cut into rows."""
