@@ -18,12 +18,12 @@ from typing import Literal, NoReturn
 
 import torch
 
+from colledge.data.text.encodings import check_beginning, decode
+from colledge.data.text.files import SUFFIXES
+from colledge.data.text.formats import SHAPES, canonical
 from colledge.errors import ColledgeError, DataError
 
 Kind = Literal["text", "completion", "chat"]
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt")
-_SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,13 @@ class Example:
         where: File and line, for messages.
         kind: What it is.
         parts: Of a chat (role, content) of each message; else ("prompt" or "text" or "completion", text).
+        read_as: The format that it was in, where that is not one of ours, such as ShareGPT.
     """
 
     where: str
     kind: Kind
     parts: tuple[tuple[str, str], ...]
+    read_as: str | None = None
 
 
 OnFault = Callable[[DataError], None]
@@ -62,18 +64,22 @@ def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example
         DataError: The file is missing, cannot be read or holds no text.
     """
     if not path.exists():
-        raise DataError(f"{path}: no such file.", fix="give the path of an existing file.")
-    if path.suffix not in SUFFIXES:
+        raise DataError(
+            f"{path}: no such file; data sets of a hub (org/name) are not read yet.",
+            fix="give the path of an existing file, or fetch the data set and name its files.",
+        )
+    if path.suffix.lower() not in SUFFIXES:
         seen = f"a {path.suffix} file" if path.suffix else "a name without a suffix"
         raise DataError(
             f"{path}: saw {seen}, wanted {', '.join(SUFFIXES)}.",
-            fix=f"write one {_SHAPES} a line into a .jsonl file, or plain text into a .txt file.",
+            fix=f"write one {SHAPES} a line into a .jsonl file, or plain text into a .txt file.",
         )
     found: list[Example] = []
     try:
         for where, value in _entries(path, on_fault):
             try:
-                found.append(_example(value, where))
+                example = _example(value, where)
+                found += [example] if example is not None else []
             except DataError as fault:
                 on_fault(fault)
     except OSError as fault:
@@ -123,21 +129,21 @@ def count_kinds(examples: Sequence[Example]) -> Counter[Kind]:
 
 def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
     """Yield where each entry of a file stands, and the entry."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet_rows(path)
         return
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    match path.suffix:
+    content = check_beginning(path, path.read_bytes())
+    match path.suffix.lower():
         case ".txt":
-            yield str(path), {"text": _decode(path, content)}
+            yield str(path), {"text": decode(path, content)}
         case ".json":
             value = _parse(
-                _decode(path, content), str(path), "write a list of objects, or one a line in .jsonl."
+                decode(path, content), str(path), "write a list of objects, or one a line in .jsonl."
             )
             if not isinstance(value, list):
                 raise DataError(
                     f"{path}: saw {type(value).__name__}, wanted a list of objects.",
-                    fix=f"write [{{...}}, ...], each {_SHAPES}.",
+                    fix=f"write [{{...}}, ...], each {SHAPES}.",
                 )
             yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(value, start=1))
         case _:
@@ -145,7 +151,7 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
                 if raw.strip():
                     where = f"{path}, line {line}"
                     try:
-                        yield where, _parse(_decode(path, raw, line), where, f"write one {_SHAPES} a line.")
+                        yield where, _parse(decode(path, raw, line), where, f"write one {SHAPES} a line.")
                     except DataError as fault:
                         on_fault(fault)
 
@@ -176,32 +182,25 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: not parquet ({line}).", fix="mend or regenerate the file.") from None
 
 
-def _decode(path: Path, content: bytes, line: int = 1) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as fault:
-        line += content.count(b"\n", 0, fault.start)
-        raise DataError(
-            f"{path}, line {line}: byte {content[fault.start]:#04x} is not UTF-8.",
-            fix=f"convert the file, such as with `iconv -f latin1 -t utf-8 {path.name}`.",
-        ) from None
-
-
 # -- entries -----------------------------------------------------------------------------------------------------
 
 
-def _example(value: object, where: str) -> Example:
+def _example(value: object, where: str) -> Example | None:
+    """Return an entry as an example; None where all that it has is null."""
     if not isinstance(value, dict):
         raise DataError(
-            f"{where}: saw {type(value).__name__}, wanted an object {_SHAPES}.",
-            fix=f"write one {_SHAPES} a line.",
+            f"{where}: saw {type(value).__name__}, wanted an object {SHAPES}.",
+            fix=f"write one {SHAPES} a line.",
         )
-    if "messages" in value:
-        return Example(where, "chat", _messages(value["messages"], where))
-    if "prompt" in value or "completion" in value:
-        parts = tuple((key, _text(value, key, where)) for key in ("prompt", "completion"))
-        return Example(where, "completion", parts)
-    return Example(where, "text", (("text", _text(value, "text", where)),))
+    entry, read_as = canonical(value, where)
+    if not entry:
+        return None
+    if "messages" in entry:
+        return Example(where, "chat", _messages(entry["messages"], where), read_as)
+    if "prompt" in entry or "completion" in entry:
+        parts = tuple((key, _text(entry, key, where)) for key in ("prompt", "completion"))
+        return Example(where, "completion", parts, read_as)
+    return Example(where, "text", (("text", _text(entry, "text", where)),), read_as)
 
 
 def _messages(value: object, where: str) -> tuple[tuple[str, str], ...]:
@@ -224,7 +223,7 @@ def _messages(value: object, where: str) -> tuple[tuple[str, str], ...]:
     return tuple(parts)
 
 
-def _text(value: dict[str, object], key: str, where: str, wanted: str = _SHAPES) -> str:
+def _text(value: dict[str, object], key: str, where: str, wanted: str = SHAPES) -> str:
     if key not in value:
         seen = ", ".join(repr(name) for name in list(value)[:8]) or "none"
         raise DataError(

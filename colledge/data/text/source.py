@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 
 from colledge.data.labelled import Labelled
-from colledge.data.text.examples import SUFFIXES, Example, read_examples
+from colledge.data.text.examples import Example, read_examples
+from colledge.data.text.files import find_files
 from colledge.data.text.rows import make_rows
 from colledge.data.text.tokenizer import BYTES, ByteTokenizer, load_tokenizer
 from colledge.data.text.tokens import Tokenizer
@@ -60,15 +61,8 @@ def read_texts(source: Path) -> list[Example]:
     Raises:
         DataError: There is no such file, or one cannot be read.
     """
-    files = [source]
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-        if not files:
-            raise DataError(
-                f"{source}: holds no file of {', '.join(SUFFIXES)}.",
-                fix="give a folder with text in such files.",
-            )
-    return [example for path in files for example in read_examples(path)]
+    found = find_files([source])
+    return [example for path in found.files for example in read_examples(path)]
 
 
 def text_rows(examples: list[Example], tokenizer: Tokenizer, sequence_length: int, where: str) -> Labelled:

@@ -1,0 +1,178 @@
+"""Other people's shapes of examples, turned into ours: ShareGPT, Alpaca, prompt and completion as messages.
+
+    {"conversations": [{"from": "human", "value": ...}, ...]}     ShareGPT  ->  {"messages": [...]}
+    {"instruction": ..., "input": ..., "output": ...}             Alpaca    ->  {"prompt": ..., "completion": ...}
+    {"prompt": [...], "completion": [...]}, of messages  ->  {"messages": [...]}, of which the prompt's are not learnt
+
+What is recognised and not read yet is refused by its own name, so that nobody renames keys until it is learnt wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from colledge.errors import DataError
+
+Entry = dict[str, Any]
+
+SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+
+_ROLES = {
+    **dict.fromkeys(("system", "user", "assistant", "tool"), None),
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function_response"), "tool"),
+}
+_CALL = "function_call"  # in ShareGPT: the assistant calls a tool, as JSON
+_PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+
+# The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which its models are asked with.
+_ALPACA = (
+    "Below is an instruction that describes a task{context}. "
+    "Write a response that appropriately completes the request."
+)
+_ALPACA_INPUT = ", paired with an input that provides further context"
+
+
+def canonical(entry: Mapping[str, Any], where: str) -> tuple[Entry, str | None]:
+    """Return an entry in one of our own shapes, and the name of the format that it was in, None for ours.
+
+    Args:
+        entry: Of a data file; keys that hold null are those that it has not.
+        where: File and line, for messages.
+
+    Raises:
+        DataError: The entry is of a kind that is not read yet, or a message of it is malformed.
+    """
+    own = {key: value for key, value in entry.items() if value is not None}
+    _refuse_unread(own, where)
+    if "conversations" in own:
+        return _sharegpt(own, own["conversations"], where), "ShareGPT"
+    if "messages" in own:
+        if _is_sharegpt(own["messages"]):
+            return _sharegpt(own, own["messages"], where), "ShareGPT"
+        return own, None
+    if "instruction" in own and "output" in own and "prompt" not in own:
+        return _alpaca(own, where), "Alpaca"
+    if isinstance(own.get("prompt"), list) and isinstance(own.get("completion"), list):
+        return _joined(own), "prompt and completion as messages"
+    return own, None
+
+
+def _refuse_unread(entry: Entry, where: str) -> None:
+    """Refuse what other trainers learn from and this one does not."""
+    seen = [key for key in _PREFERENCES if key in entry]
+    if seen:
+        raise DataError(
+            f"{where}: preference data ({', '.join(seen)}) are not read yet.",
+            fix="write the preferred answers alone, as messages or as prompt and completion.",
+        )
+    if isinstance(entry.get("label"), bool) and "completion" in entry:
+        raise DataError(
+            f"{where}: KTO's data (completions with a label of true or false) are not read yet.",
+            fix="keep the examples whose label is true, without the key.",
+        )
+    if isinstance(entry.get("completions"), list):
+        raise DataError(
+            f"{where}: data with several completions of one prompt are not read yet.",
+            fix="write one prompt and completion a line.",
+        )
+    if "input_ids" in entry and not {"text", "prompt", "messages"} & entry.keys():
+        raise DataError(f"{where}: tokens (input_ids) are not read.", fix=f"give text: {SHAPES}.")
+
+
+# -- ShareGPT ----------------------------------------------------------------------------------------------------
+
+
+def _is_sharegpt(messages: object) -> bool:
+    first = messages[0] if isinstance(messages, list) and messages else None
+    return isinstance(first, dict) and "from" in first and "role" not in first
+
+
+def _sharegpt(entry: Entry, turns: object, where: str) -> Entry:
+    if not isinstance(turns, list) or not turns:
+        seen = "an empty list" if turns == [] else type(turns).__name__
+        raise DataError(
+            f"{where}: key 'conversations' holds {seen}, wanted a list of turns.",
+            fix='write [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}].',
+        )
+    messages = [_message(turn, f"{where}, conversations[{number}]") for number, turn in enumerate(turns)]
+    rest = {key: value for key, value in entry.items() if key not in ("conversations", "messages", "system")}
+    if entry.get("system") and messages[0].get("role") != "system":
+        messages.insert(0, {"role": "system", "content": entry["system"]})
+    return {**rest, "messages": messages}
+
+
+def _message(turn: object, where: str) -> Entry:
+    if isinstance(turn, dict) and "role" in turn and "content" in turn:
+        return turn
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
+        seen = ", ".join(map(repr, list(turn)[:8])) if isinstance(turn, dict) else type(turn).__name__
+        raise DataError(
+            f'{where}: saw {seen}, wanted {{"from": ..., "value": ...}}.',
+            fix='write {"from": "human", "value": ...} or {"from": "gpt", "value": ...}.',
+        )
+    sender, rest = turn["from"], {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if sender == _CALL:
+        return {**rest, "role": "assistant", "content": "", "tool_calls": _calls(turn["value"], where)}
+    if sender not in _ROLES:
+        raise DataError(
+            f"{where}: key 'from' is {sender!r}, wanted one of {', '.join((*_ROLES, _CALL))}.",
+            fix="name who speaks with one of these.",
+        )
+    return {**rest, "role": _ROLES[sender] or sender, "content": turn["value"]}
+
+
+def _calls(value: object, where: str) -> list[Entry]:
+    """Return the calls of tools in a function_call's value, which is JSON."""
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        found = None
+    calls: list[Any] = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise DataError(
+            f"{where}: a function_call's value is no call of a tool in JSON.",
+            fix='write "{\\"name\\": ..., \\"arguments\\": {...}}".',
+        )
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
+
+
+# -- Alpaca, and prompts that are chats ----------------------------------------------------------------------------
+
+
+def _alpaca(entry: Entry, where: str) -> Entry:
+    for key in ("instruction", "input", "output"):
+        if not isinstance(entry.get(key, ""), str):
+            raise DataError(
+                f"{where}: key {key!r} holds {type(entry[key]).__name__}, wanted a string.", fix="write text."
+            )
+    for key in ("history", "system"):
+        if entry.get(key):
+            raise DataError(
+                f"{where}: Alpaca's examples with {key!r} are not read.",
+                fix='write them as {"messages": [...]}.',
+            )
+    context = entry.get("input", "")
+    parts = [
+        _ALPACA.format(context=_ALPACA_INPUT if context else ""),
+        f"### Instruction:\n{entry['instruction']}",
+    ]
+    parts += [f"### Input:\n{context}"] if context else []
+    return {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": entry["output"]}
+
+
+def _joined(entry: Entry) -> Entry:
+    """Return one chat of a prompt and a completion that are messages; of the prompt nothing is learnt."""
+    prompt = [{**m, "weight": 0} if _is_answer(m) else m for m in entry["prompt"]]
+    rest = {key: value for key, value in entry.items() if key not in ("prompt", "completion")}
+    return {**rest, "messages": [*prompt, *entry["completion"]]}
+
+
+def _is_answer(message: object) -> bool:
+    return isinstance(message, dict) and message.get("role") == "assistant"
