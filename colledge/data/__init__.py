@@ -5,7 +5,7 @@ from colledge.data.images import ImageSettings, image_settings, load_images
 from colledge.data.labelled import Labelled
 from colledge.data.partition import SplitSettings, deal
 from colledge.data.sampler import rows_for_step
-from colledge.data.text.examples import Example, count_kinds, read_examples, split_examples
+from colledge.data.text.examples import Example, read_examples, split_examples
 from colledge.data.text.rows import IGNORED_LABEL, Rows, make_rows
 from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
 from colledge.data.text.tokenizer import ByteTokenizer, load_tokenizer, vocabulary_digest
@@ -23,7 +23,6 @@ __all__ = [
     "TextSettings",
     "Tokenizer",
     "Tokens",
-    "count_kinds",
     "deal",
     "image_settings",
     "load_images",

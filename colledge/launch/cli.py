@@ -330,7 +330,9 @@ def schema(name: Annotated[str, typer.Argument(help="run, pool, plan, report, ..
 
 @data_app.command("check")
 def data_check(
-    file: Annotated[Path, typer.Argument(help="A .jsonl, .json, .parquet or .txt.")],
+    file: Annotated[
+        Path, typer.Argument(help="A .jsonl, .json, .parquet or .txt, a folder of them, or a pattern.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="A model's folder or hub id: shows tokens by its tokenizer.")
     ] = None,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +13,14 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from colledge.data import Tokenizer, Tokens, count_kinds, read_examples, tokenize
-from colledge.data.text.examples import Kind
+from colledge.data import Example, Tokenizer, Tokens, tokenize
+from colledge.data.text.examples import Kind, Noticed, iterate_examples
+from colledge.data.text.files import find_files
 from colledge.errors import DataError
 from colledge.settings import LossOn
 
-_MOST_FAULTS_SHOWN = 20
+_MOST_KINDS, _MOST_PLACES = 20, 6  # of faults that are shown, and of places of each
+_NUMBER = re.compile(r"\d+")
 _MOST_BINS, _BAR = 12, 40
 _MOST_SAMPLE_TOKENS = 256
 _KINDS: dict[Kind, str] = {"text": "text", "completion": "prompt and completion", "chat": "messages"}
@@ -26,40 +31,112 @@ def check_file(
 ) -> None:
     """Print counts, faults and, with a tokenizer, lengths and three samples with what the loss counts.
 
+    Args:
+        path: A file, a folder or a pattern.
+        tokenizer: Of the model; None looks at the examples alone.
+        loss_on: What the loss counts.
+        sequence_length: Tokens a row, for what is longer.
+        console: Where it is printed.
+
     Raises:
         DataError: There are faults, or nothing to train on; they have been printed.
     """
-    faults: list[DataError] = []
-    try:
-        examples = read_examples(path, faults.append)
-    except DataError as empty:  # of the whole file; where all its lines are bad, those say more
-        if not faults:
-            raise
-        examples = []
-        console.print(Text(str(empty), style="red"))
-    tokens = list(tokenize(examples, tokenizer, loss_on, faults.append)) if tokenizer is not None else []
-    counts = count_kinds(examples)
+    faults, noticed, counts = Faults(), Noticed(), Counter[Kind]()
+    found = find_files([path])
+    examples = _counted(iterate_examples(found.files, faults.add, noticed), counts)
+    lengths = _Lengths()
+    if tokenizer is None:
+        deque(examples, maxlen=0)
+    else:
+        for tokens in tokenize(examples, tokenizer, loss_on, faults.add, noticed):
+            lengths.add(tokens)
     kinds = ", ".join(f"{counts[kind]:,} of {name}" for kind, name in _KINDS.items() if counts[kind])
-    console.print(Text(f"{path}: {len(examples):,} example(s) ({kinds or 'nothing that can be read'})"))
-    if tokenizer is not None and tokens:
-        _print_lengths(tokens, loss_on, sequence_length, console)
-        _print_samples(tokens, tokenizer, console)
-    for fault in faults[:_MOST_FAULTS_SHOWN]:
-        console.print(Text(str(fault), style="red"))
-    if len(faults) > _MOST_FAULTS_SHOWN:
-        console.print(Text(f"... and {len(faults) - _MOST_FAULTS_SHOWN:,} more", style="red"))
-    if faults:
+    console.print(Text(f"{path}: {counts.total():,} example(s) ({kinds or 'nothing that can be read'})"))
+    for sentence in (*found.left_out, *noticed.sentences()):
+        console.print(Text(sentence))
+    if tokenizer is not None and lengths.samples:
+        _print_lengths(lengths, loss_on, sequence_length, console)
+        _print_samples(lengths.samples, tokenizer, console)
+    for line in faults.lines():
+        console.print(Text(line, style="red"))
+    if faults.count:
         raise DataError(
-            f"{path}: {len(faults)} example(s) cannot be trained on.",
-            fix=f"mend the lines named above{' and check again' if len(faults) > _MOST_FAULTS_SHOWN else ''}.",
+            f"{path}: {faults.count:,} example(s) cannot be trained on.",
+            fix="mend the lines named above and check again.",
         )
+    if not counts.total():
+        raise DataError(f"{path}: holds no text.", fix="give a file with at least one row of text.")
 
 
-def _print_lengths(tokens: Sequence[Tokens], loss_on: LossOn, sequence_length: int, console: Console) -> None:
-    lengths = np.array([len(one.ids) for one in tokens])
-    total, learnt = int(lengths.sum()), sum(one.num_learnt for one in tokens)
+class Faults:
+    """Faults of a file's examples; those of one kind are one line, however many they are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: dict[str, DataError] = {}
+        self._where: dict[str, list[str]] = {}
+
+    def add(self, fault: DataError) -> None:
+        """Take a fault."""
+        self.count += 1
+        where, _, what = fault.message.partition(": ")
+        what = _NUMBER.sub("", what)
+        if what not in self._first and len(self._first) >= _MOST_KINDS:
+            return
+        self._first.setdefault(what, fault)
+        places = self._where.setdefault(what, [])
+        places.append(where.rpartition(" ")[2] if len(places) < _MOST_PLACES else "")
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line for each kind: its first fault, and where the others are."""
+        shown = 0
+        for what, fault in self._first.items():
+            places = self._where[what]
+            shown += len(places)
+            others = [place for place in places[1:] if place]
+            more = f" ({len(places) - 1:,} more alike: {', '.join(others)}" if others else ""
+            yield f"{fault}{more}{', ...' if len(others) < len(places) - 1 else ''}{')' if more else ''}"
+        if shown < self.count:
+            yield f"... and {self.count - shown:,} of other kinds"
+
+
+class _Lengths:
+    """How long examples are, and three of them: the first, the last, and one in between."""
+
+    def __init__(self) -> None:
+        self.all = array("q")
+        self.learnt = 0
+        self._first: Tokens | None = None
+        self._between: Tokens | None = None
+        self._last: Tokens | None = None
+
+    def add(self, tokens: Tokens) -> None:
+        count = len(self.all)
+        if self._first is None:
+            self._first = tokens
+        elif count & (count - 1) == 0:  # 1, 2, 4, 8 ...: never long ago
+            self._between = tokens
+        self._last = tokens
+        self.all.append(len(tokens.ids))
+        self.learnt += tokens.num_learnt
+
+    @property
+    def samples(self) -> list[Tokens]:
+        found = (self._first, self._between, self._last)
+        return list({one.where: one for one in found if one is not None}.values())
+
+
+def _counted(examples: Iterable[Example], counts: Counter[Kind]) -> Iterator[Example]:
+    for example in examples:
+        counts[example.kind] += 1
+        yield example
+
+
+def _print_lengths(found: _Lengths, loss_on: LossOn, sequence_length: int, console: Console) -> None:
+    lengths = np.array(found.all)
     console.print(
-        f"{total:,} tokens, of which the loss counts {learnt:,} (loss_on: {loss_on})", highlight=False
+        f"{int(lengths.sum()):,} tokens, of which the loss counts {found.learnt:,} (loss_on: {loss_on})",
+        highlight=False,
     )
     over = int((lengths > sequence_length).sum())
     console.print(
@@ -74,9 +151,9 @@ def _print_lengths(tokens: Sequence[Tokens], loss_on: LossOn, sequence_length: i
         console.print(f"{number * width:>8}-{(number + 1) * width - 1:<8} {bar} {count:,}", highlight=False)
 
 
-def _print_samples(tokens: Sequence[Tokens], tokenizer: Tokenizer, console: Console) -> None:
-    """Print the first, the middle and the last example, decoded; what the loss counts stands in ⟦ ⟧."""
-    for one in (tokens[at] for at in sorted({0, len(tokens) // 2, len(tokens) - 1}) if len(tokens[at].ids)):
+def _print_samples(samples: Sequence[Tokens], tokenizer: Tokenizer, console: Console) -> None:
+    """Print some examples, decoded; what the loss counts stands in ⟦ ⟧."""
+    for one in (tokens for tokens in samples if len(tokens.ids)):
         shown = Text(f"sample ({one.where}, {len(one.ids)} tokens; the loss counts ⟦this⟧)\n", style="bold")
         ids = one.ids[:_MOST_SAMPLE_TOKENS]
         learnt = np.ones(len(ids), dtype=bool) if one.learnt is None else one.learnt[: len(ids)]

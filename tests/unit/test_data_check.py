@@ -94,7 +94,9 @@ def test_every_fault_is_named_and_the_end_is_bad(tmp_path: Path, model: Path, ch
     assert f"{file}, line 3: key 'text' is missing" in out
     assert f"{file}, line 4: no message is the assistant's" in out
     assert f"{file}, line 5: saw int" in out
-    assert err.strip().endswith("3 example(s) cannot be trained on. Fix: mend the lines named above.")
+    assert err.strip().endswith(
+        "3 example(s) cannot be trained on. Fix: mend the lines named above and check again."
+    )
     assert len(err.strip().splitlines()) == 1
 
 
@@ -107,12 +109,20 @@ def test_a_file_in_which_every_line_is_bad_says_so_line_by_line(tmp_path: Path, 
     assert "2 example(s) cannot be trained on" in err
 
 
-def test_many_faults_are_not_all_printed(tmp_path: Path, check: Run) -> None:
+def test_faults_of_one_kind_are_one_line(tmp_path: Path, check: Run) -> None:
     code, out, err = check(str(write(tmp_path, [{"text": "a"}, *({"n": n} for n in range(50))])))
     assert code == 2
-    assert out.count("is missing") == 20
-    assert "... and 30 more" in out
+    assert out.count("is missing") == 1
+    assert "line 2: key 'text' is missing" in out
+    assert "49 more alike: 3, 4, 5, 6, 7, ..." in out.replace("\n", " ")
     assert "50 example(s)" in err
+
+
+def test_kinds_of_faults_that_are_too_many_are_counted(tmp_path: Path, check: Run) -> None:
+    values = [{"n" + "x" * n: 1} for n in range(30)]
+    _, out, _ = check(str(write(tmp_path, [{"text": "a"}, *values])))
+    assert out.count("is missing") == 20
+    assert "... and 10 of other kinds" in out
 
 
 # -- a run's data ----------------------------------------------------------------------------------------------

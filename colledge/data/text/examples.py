@@ -4,17 +4,19 @@
     {"prompt": ..., "completion": ...}                   a question and its answer
     {"messages": [{"role": ..., "content": ...}, ...]}   a chat; what the assistant says are the answers
 
-One a line in .jsonl, in a list in .json, a row each in .parquet; a .txt is one document. Other keys are ignored.
+One a line in .jsonl, in a list in .json, a row each in .parquet; a .txt is one document. Other shapes that are read are
+in `formats`. A key that holds null is one that is not there. Of other keys, those that a chat template reads go to it
+(`tools`), those that hold something to learn from are refused, and the rest is said to be not read.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 
@@ -25,6 +27,13 @@ from colledge.errors import ColledgeError, DataError
 
 Kind = Literal["text", "completion", "chat"]
 
+_BEGINNING_BYTES = 1 << 12
+# Columns that hold something to learn from: refused where nothing reads them.
+_MEANT = frozenset(
+    {"tools", "functions", "documents", "image", "images", "audio", "audios", "video", "videos"}
+    | {"system", "system_prompt", "chat_template_kwargs"}
+)
+
 
 @dataclass(frozen=True)
 class Example:
@@ -33,14 +42,35 @@ class Example:
     Args:
         where: File and line, for messages.
         kind: What it is.
-        parts: Of a chat (role, content) of each message; else ("prompt" or "text" or "completion", text).
-        read_as: The format that it was in, where that is not one of ours, such as ShareGPT.
+        parts: Of a chat (role, text) of each message; else ("prompt" or "text" or "completion", text).
+        messages: Of a chat, with all that they have.
+        columns: Of a chat, what stands beside the messages.
     """
 
     where: str
     kind: Kind
     parts: tuple[tuple[str, str], ...]
-    read_as: str | None = None
+    messages: tuple[dict[str, Any], ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Noticed:
+    """What a reader of files should hear once a file: formats, keys that nobody reads, rows of nothing."""
+
+    read_as: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)
+    empty: int = 0
+
+    def sentences(self) -> list[str]:
+        """Return it in words."""
+        said = [f"{count:,} example(s) were read as {name}." for name, count in self.read_as.items()]
+        if self.unread:
+            keys = ", ".join(f"{key} ({count:,})" for key, count in sorted(self.unread.items()))
+            said.append(f"Keys that are not read: {keys}.")
+        if self.empty:
+            said.append(f"{self.empty:,} example(s) hold no text and were left out.")
+        return said
 
 
 OnFault = Callable[[DataError], None]
@@ -53,16 +83,59 @@ def stop_at_fault(fault: DataError) -> NoReturn:
     )
 
 
-def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example]:
+def read_examples(
+    path: Path, on_fault: OnFault = stop_at_fault, noticed: Noticed | None = None
+) -> list[Example]:
     """Return the examples of a file; those without any text are left out.
 
     Args:
         path: .jsonl, .json, .parquet or .txt.
         on_fault: Told of each malformed example, which is left out if it returns.
+        noticed: What else is noticed is added to it.
 
     Raises:
         DataError: The file is missing, cannot be read or holds no text.
     """
+    found = list(iterate_examples([path], on_fault, noticed))
+    if not found:
+        raise DataError(f"{path}: holds no text.", fix="give a file with at least one row of text.")
+    return found
+
+
+def iterate_examples(
+    paths: Iterable[Path], on_fault: OnFault = stop_at_fault, noticed: Noticed | None = None
+) -> Iterator[Example]:
+    """Yield the examples of files, one after another; of a .jsonl or .parquet only a part is in memory.
+
+    Args:
+        paths: .jsonl, .json, .parquet or .txt.
+        on_fault: Told of each malformed example, which is left out if it returns.
+        noticed: What else is noticed is added to it.
+
+    Raises:
+        DataError: A file is missing or cannot be read.
+    """
+    noticed = noticed if noticed is not None else Noticed()
+    for path in paths:
+        _check_name(path)
+        try:
+            for where, value in _entries(path, on_fault):
+                try:
+                    example = _example(value, where, noticed)
+                except DataError as fault:
+                    on_fault(fault)
+                    continue
+                if example is None:
+                    noticed.empty += 1
+                else:
+                    yield example
+        except OSError as fault:
+            raise DataError(
+                f"{path}: cannot be read ({fault.strerror or fault}).", fix="give a readable file."
+            ) from None
+
+
+def _check_name(path: Path) -> None:
     if not path.exists():
         raise DataError(
             f"{path}: no such file; data sets of a hub (org/name) are not read yet.",
@@ -74,22 +147,6 @@ def read_examples(path: Path, on_fault: OnFault = stop_at_fault) -> list[Example
             f"{path}: saw {seen}, wanted {', '.join(SUFFIXES)}.",
             fix=f"write one {SHAPES} a line into a .jsonl file, or plain text into a .txt file.",
         )
-    found: list[Example] = []
-    try:
-        for where, value in _entries(path, on_fault):
-            try:
-                example = _example(value, where)
-                found += [example] if example is not None else []
-            except DataError as fault:
-                on_fault(fault)
-    except OSError as fault:
-        raise DataError(
-            f"{path}: cannot be read ({fault.strerror or fault}).", fix="give a readable file."
-        ) from None
-    found = [example for example in found if any(text for _, text in example.parts)]
-    if not found:
-        raise DataError(f"{path}: holds no text.", fix="give a file with at least one row of text.")
-    return found
 
 
 def split_examples(
@@ -119,27 +176,19 @@ def split_examples(
     )
 
 
-def count_kinds(examples: Sequence[Example]) -> Counter[Kind]:
-    """Return how many examples there are of each kind."""
-    return Counter(example.kind for example in examples)
-
-
 # -- files -------------------------------------------------------------------------------------------------------
 
 
 def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
     """Yield where each entry of a file stands, and the entry."""
-    if path.suffix.lower() == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    content = check_beginning(path, path.read_bytes())
     match path.suffix.lower():
+        case ".parquet":
+            yield from _parquet_rows(path)
         case ".txt":
-            yield str(path), {"text": decode(path, content)}
+            yield str(path), {"text": decode(path, _whole(path))}
         case ".json":
-            value = _parse(
-                decode(path, content), str(path), "write a list of objects, or one a line in .jsonl."
-            )
+            fix = "write a list of objects, or one a line in .jsonl."
+            value = _parse(decode(path, _whole(path)), str(path), fix)
             if not isinstance(value, list):
                 raise DataError(
                     f"{path}: saw {type(value).__name__}, wanted a list of objects.",
@@ -147,13 +196,27 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
                 )
             yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(value, start=1))
         case _:
-            for line, raw in enumerate(content.split(b"\n"), start=1):
-                if raw.strip():
-                    where = f"{path}, line {line}"
-                    try:
-                        yield where, _parse(decode(path, raw, line), where, f"write one {SHAPES} a line.")
-                    except DataError as fault:
-                        on_fault(fault)
+            yield from _json_lines(path, on_fault)
+
+
+def _whole(path: Path) -> bytes:
+    return check_beginning(path, path.read_bytes())
+
+
+def _json_lines(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as file:
+        marked = len(beginning := file.read(_BEGINNING_BYTES)) - len(check_beginning(path, beginning))
+        file.seek(marked)
+        for line, raw in enumerate(file, start=1):
+            if raw.strip():
+                where = f"{path}, line {line}"
+                try:
+                    text = decode(path, raw, line)
+                    value = _parse(text, where, f"write one {SHAPES} a line.")
+                except DataError as fault:
+                    on_fault(fault)
+                    continue
+                yield where, value
 
 
 def _parse(text: str, where: str, fix: str) -> object:
@@ -161,6 +224,15 @@ def _parse(text: str, where: str, fix: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         raise DataError(f"{where}: not JSON ({fault}).", fix=fix) from None
+
+
+def _without_null(value: Any) -> Any:
+    """Return JSON without the keys that hold null, which tables write where a row has no such key."""
+    if isinstance(value, dict):
+        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_null(inner) for inner in value]
+    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -176,7 +248,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", row
+                    yield f"{path}, row {number}", _without_null(row)
     except ArrowException as fault:
         line = " ".join(str(fault).split())[:200]
         raise DataError(f"{path}: not parquet ({line}).", fix="mend or regenerate the file.") from None
@@ -185,8 +257,8 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 # -- entries -----------------------------------------------------------------------------------------------------
 
 
-def _example(value: object, where: str) -> Example | None:
-    """Return an entry as an example; None where all that it has is null."""
+def _example(value: object, where: str, noticed: Noticed) -> Example | None:
+    """Return an entry as an example; None where it holds no text."""
     if not isinstance(value, dict):
         raise DataError(
             f"{where}: saw {type(value).__name__}, wanted an object {SHAPES}.",
@@ -196,31 +268,115 @@ def _example(value: object, where: str) -> Example | None:
     if not entry:
         return None
     if "messages" in entry:
-        return Example(where, "chat", _messages(entry["messages"], where), read_as)
-    if "prompt" in entry or "completion" in entry:
-        parts = tuple((key, _text(entry, key, where)) for key in ("prompt", "completion"))
-        return Example(where, "completion", parts, read_as)
-    return Example(where, "text", (("text", _text(entry, "text", where)),), read_as)
+        messages = _messages(entry.pop("messages"), where)
+        parts = tuple((message["role"], _text_of(message)) for message in messages)
+        example = Example(where, "chat", parts, messages, _columns(entry, where))
+        if not any(text for _, text in parts) and not any("tool_calls" in message for message in messages):
+            return None
+    else:
+        chosen = ("prompt", "completion") if "prompt" in entry or "completion" in entry else ("text",)
+        parts = tuple((key, _text(entry, key, where)) for key in chosen)
+        example = Example(where, "completion" if len(parts) > 1 else "text", parts)
+        check_columns({key: left for key, left in entry.items() if key not in chosen}, where, noticed)
+        if not any(text for _, text in parts):
+            return None
+    if read_as is not None:
+        noticed.read_as[read_as] += 1
+    return example
 
 
-def _messages(value: object, where: str) -> tuple[tuple[str, str], ...]:
+def check_columns(columns: Mapping[str, Any], where: str, noticed: Noticed) -> None:
+    """Note columns that nothing reads.
+
+    Raises:
+        DataError: One holds something to learn from.
+    """
+    for key, value in columns.items():
+        if key in _MEANT and value not in ("", [], {}):
+            raise DataError(
+                f"{where}: key {key!r} is not read, so it would be lost.",
+                fix=f"take {key!r} out of the data, or write a chat for a model whose chat template reads it.",
+            )
+        noticed.unread[key] += 1
+
+
+def _columns(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return what stands beside a chat's messages, `tools` as a list of objects, however they are kept."""
+    columns = dict(entry)
+    tools = columns.get("tools")
+    if isinstance(tools, str):
+        tools = _parse(tools, f"{where}, key 'tools'", "write a list of tools.") if tools.strip() else []
+    if isinstance(tools, list):
+        tools = [
+            _parse(tool, f"{where}, key 'tools'", "write each tool as an object.")
+            if isinstance(tool, str)
+            else tool
+            for tool in tools
+        ]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise DataError(
+            f"{where}: key 'tools' is no list of objects.",
+            fix='write [{"type": "function", "function": {"name": ..., "parameters": {...}}}].',
+        )
+    if "tools" in columns:
+        columns["tools"] = tools
+    more = columns.get("chat_template_kwargs")
+    if isinstance(more, dict):
+        del columns["chat_template_kwargs"]
+        columns |= more
+    return columns
+
+
+def _messages(value: object, where: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value:
         seen = "an empty list" if value == [] else type(value).__name__
         raise DataError(
             f"{where}: key 'messages' holds {seen}, wanted a list of messages.",
             fix='write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].',
         )
-    parts = []
-    wanted = '{"role": ..., "content": ...}, both text (calls of tools and parts of content are not read)'
-    for number, message in enumerate(value):
-        at = f"{where}, messages[{number}]"
-        if not isinstance(message, dict):
-            raise DataError(
-                f"{at}: saw {type(message).__name__}, wanted an object with role and content.",
-                fix=f"write {wanted}.",
-            )
-        parts.append((_text(message, "role", at, wanted), _text(message, "content", at, wanted)))
-    return tuple(parts)
+    return tuple(_message(message, f"{where}, messages[{number}]") for number, message in enumerate(value))
+
+
+def _message(value: object, where: str) -> dict[str, Any]:
+    wanted = '{"role": ..., "content": ...}'
+    if not isinstance(value, dict):
+        raise DataError(
+            f"{where}: saw {type(value).__name__}, wanted an object with role and content.",
+            fix=f"write {wanted}.",
+        )
+    message = {key: inner for key, inner in value.items() if inner is not None}
+    _text(message, "role", where, wanted)
+    if isinstance(message.get("content"), list):
+        for part in message["content"]:
+            _check_part(part, where)
+    elif "content" in message or not message.get("tool_calls"):
+        _text(message, "content", where, wanted)
+    calls = message.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise DataError(
+            f"{where}: key 'tool_calls' is no list of objects.",
+            fix='write [{"type": "function", "function": {"name": ..., "arguments": {...}}}].',
+        )
+    return message
+
+
+def _check_part(part: object, where: str) -> None:
+    if not isinstance(part, dict):
+        raise DataError(
+            f"{where}: key 'content' holds a list with {type(part).__name__}, wanted a string or parts of content.",
+            fix='write text, or [{"type": "text", "text": ...}].',
+        )
+    if part.get("type", "text") != "text":
+        raise DataError(
+            f"{where}: key 'content' has a part of type {part['type']!r}; colledge trains on text.",
+            fix="take such parts out.",
+        )
+    _text(part, "text", f"{where}, a part of content", '{"type": "text", "text": ...}')
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _text(value: dict[str, object], key: str, where: str, wanted: str = SHAPES) -> str:
@@ -228,13 +384,13 @@ def _text(value: dict[str, object], key: str, where: str, wanted: str = SHAPES) 
         seen = ", ".join(repr(name) for name in list(value)[:8]) or "none"
         raise DataError(
             f"{where}: key {key!r} is missing; the keys are {seen}.",
-            fix=f"name the key `{key}`; wanted {wanted}.",
+            fix=f"write {wanted}.",
         )
     text = value[key]
     if not isinstance(text, str):
         raise DataError(
             f"{where}: key {key!r} holds {type(text).__name__}, wanted a string.",
-            fix=f"write text; wanted {wanted}.",
+            fix=f"write text, as in {wanted}.",
         )
     try:
         text.encode()

@@ -1,40 +1,39 @@
 """Examples to tokens: rendered, tokenised, and marked with what the loss counts.
 
-With `loss_on` "answers" only completions and what the assistant says are learnt; what comes before is read.
+With `loss_on` "answers" only completions and what the assistant says are learnt; what comes before is read. Documents
+begin with what the tokenizer puts in front of a text (a Llama's BOS) and end with its end; chats as the template says.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import TemplateError
 
-from colledge.data.text.examples import Example, OnFault, stop_at_fault
+from colledge.data.text.chats import ChatTokenizer, Message, read_by_template, render
+from colledge.data.text.examples import Example, Noticed, OnFault, check_columns, stop_at_fault
 from colledge.errors import DataError, ModelError
 from colledge.settings import LossOn
 
+Ids = npt.NDArray[np.int64]
+
+_EXAMPLES_AT_ONCE = 512  # tokenised together: all cores
 _PIECE_CHARS = 1 << 16  # a document longer than this is tokenised in pieces: less memory, all cores
-_PIECES_AT_ONCE = 256
-_ASSISTANT = "assistant"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers in a chat template
+_PIECES_AT_ONCE = 64
+_CONTEXT_CHARS = 512  # of its neighbours, that a piece is tokenised with
 _PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """What is needed of a tokenizer; those of Hugging Face have it."""
 
     @property
     def eos_token_id(self) -> int | None:
         """The token that ends a document."""
-
-    @property
-    def chat_template(self) -> str | None:
-        """How a chat becomes text, in Jinja."""
 
     def __len__(self) -> int:
         """Return the size of the vocabulary, added tokens counted."""
@@ -45,8 +44,8 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int]) -> str:
         """Return tokens as text."""
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: bool) -> Any:
-        """Return a chat as text, or as tokens."""
+    def apply_chat_template(self, conversation: list[Message], **options: Any) -> Any:
+        """Return a chat as text."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Tokens:
     """
 
     where: str
-    ids: npt.NDArray[np.int64]
+    ids: Ids
     learnt: npt.NDArray[np.bool_] | None = None
 
     @property
@@ -70,43 +69,45 @@ class Tokens:
 
 
 def tokenize(
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     tokenizer: Tokenizer,
     loss_on: LossOn = "all",
     on_fault: OnFault = stop_at_fault,
+    noticed: Noticed | None = None,
 ) -> Iterator[Tokens]:
-    """Yield the tokens of every example in order.
-
-    A document and a completion end with the tokenizer's end; a chat as its template says.
+    """Yield the tokens of every example in order; few examples are in memory at a time.
 
     Args:
-        examples: What `read_examples` returns.
+        examples: What `iterate_examples` yields.
         tokenizer: Of the model.
         loss_on: What the loss counts.
         on_fault: Told of each example that cannot be rendered, which is left out if it returns.
+        noticed: What else is noticed is added to it.
 
     Raises:
         ModelError: The tokenizer has no end, no chat template, or cannot say where its tokens stand.
     """
-    end = end_of(tokenizer)
-    waiting: list[Example] = []
-    for example in examples:
-        if example.kind == "text" or (example.kind == "completion" and loss_on == "all"):
-            waiting.append(example)
-            continue
-        yield from _documents(waiting, tokenizer, end)
-        waiting = []
-        try:
-            if example.kind == "chat":
-                yield _chat(example, tokenizer, loss_on)
-            else:
-                (_, prompt), (_, completion) = example.parts
-                spans = [(len(prompt), len(prompt) + len(completion))]
-                ids, learnt = _within(prompt + completion, spans, tokenizer)
-                yield Tokens(example.where, np.append(ids, end), np.append(learnt, True))
-        except DataError as fault:
-            on_fault(fault)
-    yield from _documents(waiting, tokenizer, end)
+    begin, end = begin_of(tokenizer), end_of(tokenizer)
+    columns = read_by_template(tokenizer)
+    noticed, left = noticed if noticed is not None else Noticed(), iter(examples)
+    while group := list(islice(left, _EXAMPLES_AT_ONCE)):
+        texts: list[tuple[Example, str, list[tuple[int, int]] | None]] = []
+        for example in group:
+            try:
+                texts.append((example, *_text(example, tokenizer, loss_on, columns, noticed)))
+            except DataError as fault:
+                on_fault(fault)
+        for (example, _, spans), ids, starts, ends in _encoded(texts, tokenizer):
+            learnt = None
+            if spans is not None:
+                learnt = np.zeros(len(ids), dtype=bool)
+                for start, stop in spans:
+                    learnt |= (start < ends) & (starts < stop)
+            if example.kind != "chat":
+                ids = np.concatenate([begin, ids, [end]])
+                if learnt is not None:
+                    learnt = np.concatenate([np.zeros(len(begin), dtype=bool), learnt, [True]])
+            yield Tokens(example.where, ids, learnt)
 
 
 def end_of(tokenizer: Tokenizer) -> int:
@@ -124,111 +125,137 @@ def end_of(tokenizer: Tokenizer) -> int:
     return end
 
 
+def begin_of(tokenizer: Tokenizer) -> Ids:
+    """Return the tokens that a tokenizer puts in front of a text, such as BOS."""
+    options = {**_PLAIN, "add_special_tokens": True}
+    plain, whole = (tokenizer(["a"], **one)["input_ids"][0] for one in (_PLAIN, options))
+    added = len(whole) - len(plain)
+    at = next((start for start in range(added + 1) if whole[start : start + len(plain)] == plain), 0)
+    return np.array(whole[:at], dtype=np.int64)
+
+
+def _text(
+    example: Example, tokenizer: Tokenizer, loss_on: LossOn, columns: frozenset[str], noticed: Noticed
+) -> tuple[str, list[tuple[int, int]] | None]:
+    """Return an example as text, and where in it the answers stand; None where all is learnt."""
+    if example.kind != "chat":
+        texts = [text for _, text in example.parts]
+        start = len(texts[0])
+        answers = example.kind == "completion" and loss_on == "answers"
+        return "".join(texts), [(start, start + len(texts[1]))] if answers else None
+    given = {key: value for key, value in example.columns.items() if key in columns}
+    others = {key: value for key, value in example.columns.items() if key not in columns}
+    rendered = render(example.messages, given, tokenizer, example.where, answers=loss_on == "answers")
+    check_columns(others, example.where, noticed)
+    noticed.unread.update(f"messages' {key}" for key in rendered.unread)
+    return rendered.text, None if rendered.answers is None else list(rendered.answers)
+
+
 # -- tokens ------------------------------------------------------------------------------------------------------
 
-
-def _documents(examples: Sequence[Example], tokenizer: Tokenizer, end: int) -> Iterator[Tokens]:
-    """Yield documents that the loss counts whole, each with its end; long ones are tokenised in pieces."""
-    pieces = [
-        (example, piece, last)
-        for example in examples
-        for piece, last in _pieces("".join(text for _, text in example.parts))
-    ]
-    begun: list[int] = []
-    for start in range(0, len(pieces), _PIECES_AT_ONCE):
-        chunk = pieces[start : start + _PIECES_AT_ONCE]
-        encoded = tokenizer([text for _, text, _ in chunk], **_PLAIN)["input_ids"]
-        for (example, _, last), ids in zip(chunk, encoded, strict=True):
-            begun += ids
-            if last:
-                yield Tokens(example.where, np.array([*begun, end], dtype=np.int64))
-                begun = []
+_Text = tuple[Example, str, list[tuple[int, int]] | None]
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Yield a document in pieces that end with a line, and whether each is the last one."""
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        cut = text.rfind("\n", start, start + _PIECE_CHARS) + 1 or start + _PIECE_CHARS
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
+def _encoded(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[tuple[_Text, Ids, Ids, Ids]]:
+    """Yield texts with their tokens, and where each token begins and ends (nowhere, if that is not asked for)."""
+    short = [text for text in texts if len(text[1]) <= _PIECE_CHARS]
+    plain = [text for text in short if text[2] is None]
+    ids_of = iter(tokenizer([text for _, text, _ in plain], **_PLAIN)["input_ids"] if plain else ())
+    placed = iter(_with_places([text for _, text, spans in short if spans is not None], tokenizer))
+    nowhere = np.zeros(0, dtype=np.int64)
+    for one in texts:
+        if len(one[1]) > _PIECE_CHARS:
+            yield one, *_in_pieces(one[1], tokenizer, one[2] is not None)
+        elif one[2] is None:
+            yield one, np.array(next(ids_of), dtype=np.int64), nowhere, nowhere
+        else:
+            yield one, *next(placed)
 
 
-def _within(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Return the tokens of a text, and whether each has a part in one of the spans of characters."""
+def _with_places(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Ids]]:
+    """Return the tokens of texts, and where each begins and ends in its text."""
+    if not texts:
+        return []
     try:
-        encoded = tokenizer([text], **_PLAIN, return_offsets_mapping=True)
+        return list(_placed(texts, tokenizer))
     except NotImplementedError:
+        return [_found_places(text, tokenizer) for text in texts]
+
+
+def _placed(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Ids, Ids]]:
+    encoded = tokenizer(list(texts), **_PLAIN, return_offsets_mapping=True)
+    for ids, places in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+        yield np.array(ids, dtype=np.int64), starts, ends
+
+
+def _found_places(text: str, tokenizer: Tokenizer) -> tuple[Ids, Ids, Ids]:
+    """Return what `_with_places` does for a tokenizer in Python, which does not say where its tokens stand.
+
+    Raises:
+        ModelError: The tokens, decoded one by one, are not the text.
+    """
+    ids = tokenizer([text], **_PLAIN)["input_ids"][0]
+    pieces = [tokenizer.decode([token]) for token in ids]
+    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    if "".join(pieces) != text:
         raise ModelError(
             "the tokenizer cannot say where in a text its tokens stand, which a loss on answers alone needs.",
             fix="use the model's fast tokenizer, or data.loss_on: all.",
-        ) from None
-    ids = np.array(encoded["input_ids"][0], dtype=np.int64)
-    starts, ends = np.array(encoded["offset_mapping"][0], dtype=np.int64).reshape(-1, 2).T
-    learnt = np.zeros(len(ids), dtype=bool)
-    for start, stop in spans:
-        learnt |= (start < ends) & (starts < stop)
-    return ids, learnt
-
-
-def _chat(example: Example, tokenizer: Tokenizer, loss_on: LossOn) -> Tokens:
-    if not tokenizer.chat_template:
-        raise ModelError(
-            f"{example.where}: the data has messages and the tokenizer has no chat template.",
-            fix="save a chat_template.jinja beside the model, or write prompt and completion.",
         )
-    messages = [{"role": role, "content": content} for role, content in example.parts]
+    return np.array(ids, dtype=np.int64), np.concatenate([[0], ends[:-1]]), ends
+
+
+def _in_pieces(text: str, tokenizer: Tokenizer, with_places: bool) -> tuple[Ids, Ids, Ids]:
+    """Return the tokens of a long text as of the whole: pieces are tokenised with a part of their neighbours.
+
+    Where two neighbours do not agree about the tokens around their border, they are tokenised as one piece.
+    """
+    cuts = [0, *_cuts(text), len(text)]
     try:
-        if loss_on == "all":
-            text = tokenizer.apply_chat_template(messages, tokenize=False)
-            return Tokens(
-                example.where, np.array(tokenizer([text], **_PLAIN)["input_ids"][0], dtype=np.int64)
-            )
-        if not any(message["role"] == _ASSISTANT for message in messages):
-            raise DataError(
-                f"{example.where}: no message is the assistant's, so there is no answer to learn.",
-                fix='add {"role": "assistant", "content": ...}, or use data.loss_on: all.',
-            )
-        if _GENERATION.search(tokenizer.chat_template):
-            encoded = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            learnt = np.array(encoded["assistant_masks"], dtype=bool)
-            return Tokens(example.where, np.array(encoded["input_ids"], dtype=np.int64), learnt)
-        text, spans = _answers(messages, tokenizer, example.where)
-    except TemplateError as fault:
-        raise DataError(
-            f"{example.where}: the chat template refuses these messages ({fault}).",
-            fix="change the roles or their order.",
-        ) from None
-    return Tokens(example.where, *_within(text, spans, tokenizer))
+        pieces = _windows(text, cuts, tokenizer)
+    except NotImplementedError:
+        ids = np.array(tokenizer([text], **_PLAIN)["input_ids"][0], dtype=np.int64)
+        return _found_places(text, tokenizer) if with_places else (ids, ids, ids)
+    while torn := [at for at in range(1, len(pieces)) if not _agree(pieces[at - 1], pieces[at], cuts[at])]:
+        cuts = [cut for at, cut in enumerate(cuts) if at not in torn]
+        pieces = _windows(text, cuts, tokenizer)
+    parts = []
+    for (ids, starts, ends), begin, stop in zip(pieces, cuts[:-1], cuts[1:], strict=True):
+        own = (begin <= starts) & (starts < stop) if stop < len(text) else begin <= starts
+        parts.append((ids[own], starts[own], ends[own]))
+    ids, starts, ends = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    return ids, starts, ends
 
 
-def _answers(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, where: str
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return a chat as text, and where the assistant's answers stand: what a message adds to what prompts it."""
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for number, message in enumerate(messages):
-        if message["role"] == _ASSISTANT and number == 0:
-            raise DataError(
-                f"{where}: the first message is the assistant's: nothing prompts its answer.",
-                fix="begin with the user's message, or use data.loss_on: all.",
-            )
-        if message["role"] == _ASSISTANT:
-            before = tokenizer.apply_chat_template(
-                messages[:number], tokenize=False, add_generation_prompt=True
-            )
-            after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise DataError(
-                    f"{where}: the chat template changes earlier messages when messages[{number}] is added, so its "
-                    "answers cannot be told from what prompts them.",
-                    fix="mark them in the template with {% generation %}, or use data.loss_on: all.",
-                )
-            spans.append((len(before), len(after)))
-    return text, spans
+def _cuts(text: str) -> Iterator[int]:
+    """Yield where a long text may be cut: behind a line, else before a word."""
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        least, most = start + _PIECE_CHARS // 2, start + _PIECE_CHARS
+        start = text.rfind("\n", least, most) + 1 or max(text.rfind(" ", least, most), 0) or most
+        yield start
+
+
+def _windows(text: str, cuts: Sequence[int], tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Ids]]:
+    """Return the tokens of pieces with a part of their neighbours, and where they stand in the text."""
+    begins = [max(0, start - _CONTEXT_CHARS) for start in cuts[:-1]]
+    stops = [stop + _CONTEXT_CHARS for stop in cuts[1:]]
+    found: list[tuple[Ids, Ids, Ids]] = []
+    for at in range(0, len(begins), _PIECES_AT_ONCE):
+        some = slice(at, at + _PIECES_AT_ONCE)
+        windows = [text[begin:stop] for begin, stop in zip(begins[some], stops[some], strict=True)]
+        for begin, (ids, starts, ends) in zip(begins[some], _placed(windows, tokenizer), strict=True):
+            found.append((ids, starts + begin, ends + begin))
+    return found
+
+
+def _agree(left: tuple[Ids, Ids, Ids], right: tuple[Ids, Ids, Ids], cut: int) -> bool:
+    """Return whether two pieces have the same tokens around their border, none of which lies across it."""
+    near = []
+    for ids, starts, ends in (left, right):
+        inside = (starts >= cut - _CONTEXT_CHARS // 2) & (ends <= cut + _CONTEXT_CHARS // 2)
+        near.append(np.stack([ids[inside], starts[inside], ends[inside]]))
+        if bool(((starts < cut) & (ends > cut)).any()):
+            return False
+    return near[0].shape == near[1].shape and bool((near[0] == near[1]).all())
