@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from colledge.data import Rows, rows_for_step
+from colledge.data import Tokens, rows_for_step, rows_of
+from colledge.data.text.rows import joined
 from colledge.launch.caching import numbered
 from colledge.models import HuggingFaceCausalLM
 from colledge.models.lora import StartingValues
@@ -75,7 +76,7 @@ class Setting:
         weights = {n: p.detach() for n, p in AutoModelForCausalLM.from_config(CONFIG).named_parameters()}
         self.weights = StartingValues(weights, self.model.adapter_shapes, seed=0)
         ids = torch.randint(CONFIG.vocab_size, (ROWS, SEQUENCE))
-        self.rows = Rows(ids, torch.full((ROWS,), SEQUENCE))
+        self.rows = rows_of(joined(Tokens("a row", row.numpy()) for row in ids), SEQUENCE, 0, packing=False)
 
     def engine(self, first: int, last: int) -> Engine:
         ranks, wire = self.workers.ranks, self.workers.wire

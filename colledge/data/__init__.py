@@ -5,11 +5,13 @@ from colledge.data.images import ImageSettings, image_settings, load_images
 from colledge.data.labelled import Labelled
 from colledge.data.partition import SplitSettings, deal
 from colledge.data.sampler import rows_for_step
-from colledge.data.text.examples import Example, read_examples, split_examples
-from colledge.data.text.rows import IGNORED_LABEL, Rows, make_rows
+from colledge.data.text.examples import Example, read_examples, split_examples, split_numbers
+from colledge.data.text.files import find_files
+from colledge.data.text.rows import IGNORED_LABEL, Rows, Stream, make_rows, rows_of
 from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
+from colledge.data.text.store import stored_tokens
 from colledge.data.text.tokenizer import ByteTokenizer, load_tokenizer, vocabulary_digest
-from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
+from colledge.data.text.tokens import Tokenizer, Tokens, end_of, tokenize
 
 __all__ = [
     "IGNORED_LABEL",
@@ -20,10 +22,13 @@ __all__ = [
     "Labelled",
     "Rows",
     "SplitSettings",
+    "Stream",
     "TextSettings",
     "Tokenizer",
     "Tokens",
     "deal",
+    "end_of",
+    "find_files",
     "image_settings",
     "load_images",
     "load_text",
@@ -32,7 +37,10 @@ __all__ = [
     "read_examples",
     "read_texts",
     "rows_for_step",
+    "rows_of",
     "split_examples",
+    "split_numbers",
+    "stored_tokens",
     "text_rows",
     "tokenize",
     "vocabulary_digest",

@@ -145,7 +145,7 @@ def _key(job: Job, data: RunData, plan: Plan) -> str:
     run, digest = job.run, hashlib.sha256()
     for rows in (data.train, data.validation):
         if rows is not None:
-            digest.update(rows.ids.numpy().tobytes() + rows.lengths.numpy().tobytes())
+            digest.update(rows.digest.encode())
     files = sorted(path for path in Path(job.model).iterdir() if path.suffix in (".json", ".safetensors"))
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     versions = [version(name) for name in ("colledge", "torch", "transformers")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -239,7 +240,9 @@ def train(
     if resume not in (None, "auto"):
         raise ConfigError(f"--resume {resume!r} is not known.", fix="use --resume auto.")
     console = _console(stderr=print_commands)  # standard output is for the lines alone
-    inputs = run.read_inputs(run_file, overrides or [])
+    inputs = run.read_inputs(
+        run_file, overrides or [], say=partial(console.print, highlight=False, markup=False)
+    )
     for note in inputs.notes:
         console.print(note, highlight=False, markup=False)
     if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):

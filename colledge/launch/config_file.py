@@ -33,9 +33,14 @@ class PathKeys:
         for dotted in (*self.paths, *self.names):
             *parents, key = dotted.split(".")
             for holder in _holders(values, parents):
-                text = holder.get(key)
-                if isinstance(text, str) and text:
-                    holder[key] = _resolved(text, folder, dotted, dotted in self.names)
+                value = holder.get(key)
+                if isinstance(value, list):
+                    holder[key] = [self._absolute(item, folder, dotted) for item in value]
+                elif value is not None:
+                    holder[key] = self._absolute(value, folder, dotted)
+
+    def _absolute(self, value: Any, folder: Path, key: str) -> Any:
+        return _resolved(value, folder, key, key in self.names) if isinstance(value, str) and value else value
 
 
 def read_config(

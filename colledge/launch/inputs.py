@@ -15,9 +15,20 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from colledge.data import Example, Rows, Tokenizer, load_tokenizer, make_rows, read_examples, split_examples
+from colledge.data import (
+    Rows,
+    Stream,
+    end_of,
+    find_files,
+    load_tokenizer,
+    rows_of,
+    split_numbers,
+    stored_tokens,
+)
+from colledge.data.text.rows import Indices
+from colledge.data.text.store import Say
 from colledge.errors import DataError, ModelError
-from colledge.launch.run_config import DataConfig, RunConfig
+from colledge.launch.run_config import RunConfig
 from colledge.models import HuggingFaceCausalLM
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -74,10 +85,11 @@ def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFa
 
 @dataclass(frozen=True)
 class RunData:
-    """The rows that a run trains on, and those it is validated with."""
+    """The rows that a run trains on, and those it is validated with; in words, what readers of the data should hear."""
 
     train: Rows
     validation: Rows | None = None
+    sentences: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> tuple[int, int]:
@@ -86,7 +98,7 @@ class RunData:
 
     def notes(self) -> tuple[str, ...]:
         """Return in words what of the examples is not in the rows."""
-        notes = []
+        notes = list(self.sentences)
         for name, rows in (("training", self.train), ("validation", self.validation)):
             if rows is not None and rows.num_cut:
                 notes.append(
@@ -97,34 +109,44 @@ class RunData:
         return tuple(notes)
 
 
-def load_data(run: RunConfig, model_folder: Path) -> RunData:
-    """Return a run's data as rows of tokens.
+def load_data(run: RunConfig, model_folder: Path, say: Say | None = None) -> RunData:
+    """Return a run's data as rows of tokens, which are made once and lie on the disk.
+
+    Args:
+        run: The run.
+        model_folder: Of its model.
+        say: Told now and then how far making them is.
 
     Raises:
         DataError: The data is malformed; the message names the file, the line and the key.
         ModelError: The model's folder has no usable tokenizer.
     """
-    data, held = run.data, None
-    examples = read_examples(data.train)
-    if data.validation is not None:
-        held = read_examples(data.validation)
-    elif data.validation_split is not None:
+    data, tokenizer = run.data, load_tokenizer(model_folder)
+    end = end_of(tokenizer)
+
+    def stream_of(sources: tuple[Path, ...]) -> tuple[Stream, tuple[str, ...]]:
+        found = find_files(sources)
+        stream, sentences = stored_tokens(found.files, model_folder, tokenizer, data.loss_on, say)
+        return stream, (*found.left_out, *sentences)
+
+    def rows(stream: Stream, sources: tuple[Path, ...], chosen: Indices | None = None) -> Rows:
         try:
-            examples, held = split_examples(examples, data.validation_split, run.seed)
+            return rows_of(stream, data.sequence_length, end, packing=data.packing, chosen=chosen)
         except DataError as fault:
-            raise DataError(f"{data.train}: {fault.message}", fix=fault.fix) from None
-    tokenizer = load_tokenizer(model_folder)
-    train = _rows(examples, tokenizer, data, data.train)
-    if held is None:
-        return RunData(train)
-    return RunData(train, _rows(held, tokenizer, data, data.validation or data.train))
+            raise DataError(f"{_named(sources)}: {fault.message}", fix=fault.fix) from None
+
+    stream, sentences = stream_of(data.train)
+    if data.validation_split is not None:
+        try:
+            train, held = split_numbers(len(stream.ends), data.validation_split, run.seed)
+        except DataError as fault:
+            raise DataError(f"{_named(data.train)}: {fault.message}", fix=fault.fix) from None
+        return RunData(rows(stream, data.train, train), rows(stream, data.train, held), sentences)
+    if data.validation is None:
+        return RunData(rows(stream, data.train), None, sentences)
+    validation, more = stream_of(data.validation)
+    return RunData(rows(stream, data.train), rows(validation, data.validation), (*sentences, *more))
 
 
-def _rows(examples: list[Example], tokenizer: Tokenizer, data: DataConfig, path: Path) -> Rows:
-    try:
-        return make_rows(
-            examples, tokenizer, data.sequence_length, packing=data.packing, loss_on=data.loss_on
-        )
-    except DataError as fault:
-        named = fault.message if str(path) in fault.message else f"{path}: {fault.message}"
-        raise DataError(named, fix=fault.fix) from None
+def _named(sources: tuple[Path, ...]) -> str:
+    return ", ".join(map(str, sources))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from colledge.data.text.store import Say
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import caching, modelling, planning
 from colledge.launch.inputs import RunData, find_model, load_data, open_model
@@ -66,13 +67,16 @@ class Inputs:
         return OutputFolder(self.run.output)
 
 
-def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = True) -> Inputs:
+def read_inputs(
+    path: Path, overrides: Sequence[str] = (), with_data: bool = True, say: Say | None = None
+) -> Inputs:
     """Return a run's inputs; the model's structure and the data's first fault are found here.
 
     Args:
         path: run.yaml.
         overrides: `key=value` changes.
         with_data: Whether the data and the weights are looked at; profiling needs neither.
+        say: Told now and then how far reading the data is.
 
     Raises:
         ConfigError: A file, a key, the model or the data is not usable.
@@ -94,7 +98,7 @@ def read_inputs(path: Path, overrides: Sequence[str] = (), with_data: bool = Tru
         check_tracker(run.report_to)
         check_backend(run, pool)
         SafetensorsDirectory(folder)
-        data = load_data(run, folder)
+        data = load_data(run, folder, say)
         check_data(data, model)
         notes, num_rows = data.notes(), data.num_rows
     with OutputFolder(run.output).locked():
@@ -134,7 +138,7 @@ def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
             f"data.sequence_length is {length}, the model has {positions} positions.",
             fix=f"set data.sequence_length to at most {positions}.",
         )
-    largest = max(int(rows.ids.max()) for rows in (data.train, data.validation) if rows is not None)
+    largest = max(rows.largest for rows in (data.train, data.validation) if rows is not None)
     if largest >= model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer makes token {largest}, the model's vocabulary has {model.config.vocab_size}.",

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from colledge.errors import ConfigError
 from colledge.launch.config_file import PathKeys, read_config
@@ -48,15 +48,23 @@ _PATH_KEYS = PathKeys(
 )
 
 
-class DataConfig(Record):
-    """What to train on, and to validate with: a .jsonl, .json, .parquet or .txt, in rows of `sequence_length`.
+def _listed(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
 
+
+Sources = Annotated[tuple[Path, ...], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class DataConfig(Record):
+    """What to train on, and to validate with, in rows of `sequence_length`.
+
+    `train` and `validation` are a .jsonl, .json, .parquet or .txt, a folder or pattern of such, or a list of these.
     `validation_split` holds a share of the training examples back. Without `packing` each example has a row of its own.
     `loss_on: answers` learns completions and what the assistant says, and only reads the rest.
     """
 
-    train: Path
-    validation: Path | None = None
+    train: Sources
+    validation: Sources | None = None
     validation_split: float | None = Field(default=None, gt=0, lt=1)
     sequence_length: int = Field(default=512, ge=2, strict=True)
     packing: bool = True

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from pathlib import Path
 
@@ -56,7 +56,7 @@ class Training:
         self._pool = (
             read_json(PoolProfile, self._folder.pool_profile) if self._folder.pool_profile.is_file() else None
         )
-        self._data = load_data(job.run, job.model)
+        self._data = load_data(job.run, job.model, partial(print, flush=True))
         self._modes = power_modes(job, self._plan, self._pool)
         self._model, self._ranks, self._wire = model, ranks, world.wire
         self._weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)

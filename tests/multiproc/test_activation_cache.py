@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from colledge.data import Rows, rows_for_step
+from colledge.data import Rows, Tokens, rows_for_step, rows_of
 from colledge.data.batch import ROW, Batch
+from colledge.data.text.rows import joined
 from colledge.errors import DeviceError
 from colledge.launch.caching import fill_caches
 from colledge.launch.inputs import RunData
@@ -61,7 +62,8 @@ def _rows() -> Rows:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(3, VOCABULARY, (NUM_ROWS, LENGTH), generator=generator)
     lengths = torch.randint(4, LENGTH + 1, (NUM_ROWS,), generator=generator)
-    return Rows(ids, lengths)
+    tokens = (Tokens("a row", row[:length].numpy()) for row, length in zip(ids, lengths, strict=True))
+    return rows_of(joined(tokens), LENGTH, 0, packing=False)
 
 
 def _batch(rows: Tensor) -> Batch:

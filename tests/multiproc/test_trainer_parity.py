@@ -13,7 +13,8 @@ from peft import get_peft_model, set_peft_model_state_dict
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments
 
-from colledge.data import Rows, rows_for_step
+from colledge.data import Rows, Tokens, rows_for_step, rows_of
+from colledge.data.text.rows import joined
 from colledge.launch.learning_rate import learning_rates
 from colledge.models import HuggingFaceCausalLM
 from colledge.models.lora import StartingValues, peft_config, peft_name
@@ -78,7 +79,11 @@ def rows() -> Rows:
     prompts = torch.randint(0, 5, (30, 1), generator=generator)
     positions = torch.arange(SEQUENCE)
     ids = ((begin + positions * stride) % 58 + 3).masked_fill(positions >= lengths[:, None], 0)
-    return Rows(ids, lengths, positions >= prompts)
+    learnt = positions >= prompts
+    tokens = (
+        Tokens("a row", i[:n].numpy(), m[:n].numpy()) for i, n, m in zip(ids, lengths, learnt, strict=True)
+    )
+    return rows_of(joined(tokens), SEQUENCE, 0, packing=False)
 
 
 def start_model() -> Any:

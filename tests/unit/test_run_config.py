@@ -92,7 +92,7 @@ def test_paths_count_from_the_run_file_and_overrides_from_the_working_directory(
     assert run.model == str(folder / "my-llama")
     assert run.output == folder / "out"
     assert run.pool == tmp_path / "other.yaml"
-    assert run.data.train == tmp_path / "here.txt"
+    assert run.data.train == (tmp_path / "here.txt",)
     assert load_run(write(folder, SHORT_RUN)).output == folder / "out"
 
 

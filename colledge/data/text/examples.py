@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from colledge.data.text.encodings import check_beginning, decode
@@ -117,7 +119,7 @@ def iterate_examples(
     """
     noticed = noticed if noticed is not None else Noticed()
     for path in paths:
-        _check_name(path)
+        check_name(path)
         try:
             for where, value in _entries(path, on_fault):
                 try:
@@ -130,12 +132,20 @@ def iterate_examples(
                 else:
                     yield example
         except OSError as fault:
-            raise DataError(
-                f"{path}: cannot be read ({fault.strerror or fault}).", fix="give a readable file."
-            ) from None
+            raise unreadable(path, fault) from None
 
 
-def _check_name(path: Path) -> None:
+def unreadable(path: Path, fault: OSError) -> DataError:
+    """Return the fault of a file that the system does not let read."""
+    return DataError(f"{path}: cannot be read ({fault.strerror or fault}).", fix="give a readable file.")
+
+
+def check_name(path: Path) -> None:
+    """Check that a file is there and that its name says what is in it.
+
+    Raises:
+        DataError: It is not, or does not.
+    """
     if not path.exists():
         raise DataError(
             f"{path}: no such file; data sets of a hub (org/name) are not read yet.",
@@ -152,28 +162,34 @@ def _check_name(path: Path) -> None:
 def split_examples(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """Return the examples to train on and those to validate with, drawn by the seed alone; both in file order.
+    """Return the examples to train on and those to validate with, as `split_numbers` draws them; in file order.
+
+    Raises:
+        DataError: There are too few for both.
+    """
+    train, held = split_numbers(len(examples), share, seed)
+    return [examples[i] for i in train], [examples[i] for i in held]
+
+
+def split_numbers(count: int, share: float, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return the numbers of the examples to train on and of those to validate with, drawn by the seed alone; rising.
 
     Args:
-        examples: All of them.
-        share: Of the examples, to validate with; at least one.
+        count: Of all examples.
+        share: Of them, to validate with; at least one.
         seed: Of the run.
 
     Raises:
         DataError: There are too few for both.
     """
-    held = max(1, round(share * len(examples)))
-    if held >= len(examples):
+    held = max(1, round(share * count))
+    if held >= count:
         raise DataError(
-            f"{len(examples)} example(s) cannot be split: {held} to validate with leave none to train on.",
+            f"{count} example(s) cannot be split: {held} to validate with leave none to train on.",
             fix="give more examples, a smaller data.validation_split or a file as data.validation.",
         )
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    chosen = set(order[:held])
-    return (
-        [example for i, example in enumerate(examples) if i not in chosen],
-        [example for i, example in enumerate(examples) if i in chosen],
-    )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    return np.sort(order[held:]), np.sort(order[:held])
 
 
 # -- files -------------------------------------------------------------------------------------------------------

@@ -63,6 +63,11 @@ class Tokens:
     learnt: npt.NDArray[np.bool_] | None = None
 
     @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Whether the loss counts each token, [tokens]."""
+        return np.ones(len(self.ids), dtype=bool) if self.learnt is None else self.learnt
+
+    @property
     def num_learnt(self) -> int:
         """The tokens that the loss counts."""
         return len(self.ids) if self.learnt is None else int(self.learnt.sum())

@@ -1,0 +1,246 @@
+"""Tokens on disk: a data set is tokenised once, whatever runs, rows and processes read it, and never held in memory.
+
+    ~/.cache/colledge/tokens/<key>/      the key is a digest of all that decides which tokens there are
+      ids.bin        uint16 or int32, the tokens of all examples
+      ends.bin       int64, where each example ends
+      learnt.bin     bool, what the loss counts; not there where it counts all
+      meta.json      sizes and digests of these files, written last
+
+A store is written beside its place and renamed into it, so that it is there whole or not at all. One that is damaged,
+or has not been used for a month when another is written, is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from colledge.data.text.examples import Noticed, check_name, iterate_examples, unreadable
+from colledge.data.text.rows import Stream
+from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
+from colledge.errors import ColledgeError, DataError
+from colledge.records import Record, read_json, write_atomically
+from colledge.settings import LossOn
+
+_FORMAT = "1"  # another number where the same data would give other tokens
+_CHUNK_BYTES = 1 << 22
+_KEPT_S = 30 * 24 * 3600.0
+_STALE_S = 24 * 3600.0  # what a killed process left half written
+_LINE_EVERY_S = 5.0
+_OF_A_TOKENIZER = (".json", ".jinja", ".model", ".txt")
+
+
+class StoreMeta(Record):
+    """meta.json: bytes and SHA-256 of every file, the type of tokens, the largest, and what readers should hear."""
+
+    schema_tag: Literal["colledge/tokens/1"] = Field(default="colledge/tokens/1", alias="schema")
+    sizes: dict[str, int]
+    digests: dict[str, str]
+    token_type: Literal["uint16", "int32"]
+    sentences: tuple[str, ...] = ()
+
+
+Say = Callable[[str], None]
+
+
+def stored_tokens(
+    files: Sequence[Path],
+    tokenizer_folder: Path,
+    tokenizer: Tokenizer,
+    loss_on: LossOn,
+    say: Say | None = None,
+) -> tuple[Stream, tuple[str, ...]]:
+    """Return the tokens of files, from the store or put into it, and what is to be said of the files.
+
+    Args:
+        files: .jsonl, .json, .parquet or .txt, in order.
+        tokenizer_folder: Where the tokenizer was loaded from.
+        tokenizer: That one.
+        loss_on: What the loss counts.
+        say: Told now and then how far it is.
+
+    Raises:
+        DataError: A file is malformed or holds no text, or the disk is full.
+        ModelError: The tokenizer lacks what the examples need.
+    """
+    place = _home() / _key(files, tokenizer_folder, loss_on)
+    found = _opened(place)
+    if found is None:
+        try:
+            _write(place, files, tokenizer, loss_on, say)
+        except OSError as fault:
+            raise DataError(
+                f"{place.parent}: tokens cannot be kept there ({fault.strerror or fault}).",
+                fix="make room on that disk, or set XDG_CACHE_HOME to another folder.",
+            ) from None
+        found = _opened(place)
+    if found is None:
+        raise DataError(f"{place}: the tokens just written are damaged.", fix="look at that disk.")
+    return found
+
+
+def _home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colledge" / "tokens"
+
+
+def _key(files: Sequence[Path], tokenizer_folder: Path, loss_on: LossOn) -> str:
+    """Return a digest of what decides the tokens: contents, never names or times of files."""
+    import jinja2
+    import tokenizers
+    import transformers
+
+    versions = (tokenizers.__version__, transformers.__version__, jinja2.__version__)
+    made = hashlib.sha256(repr((_FORMAT, loss_on, versions)).encode())
+    texts = (
+        path
+        for path in sorted(tokenizer_folder.rglob("*"))
+        if path.suffix in _OF_A_TOKENIZER and path.is_file()
+    )
+    for path in texts:
+        made.update(repr((str(path.relative_to(tokenizer_folder)), _digest(path))).encode())
+    for path in files:
+        check_name(path)
+        try:
+            made.update(repr((path.suffix.lower(), _digest(path))).encode())
+        except OSError as fault:
+            raise unreadable(path, fault) from None
+    return made.hexdigest()[:40]
+
+
+def _digest(path: Path) -> str:
+    made = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            made.update(chunk)
+    return made.hexdigest()
+
+
+# -- reading -----------------------------------------------------------------------------------------------------
+
+
+def _opened(place: Path) -> tuple[Stream, tuple[str, ...]] | None:
+    """Return a store, if it is there and as it was written; remove one that is not."""
+    if not place.is_dir():
+        return None
+    try:
+        meta = read_json(StoreMeta, place / "meta.json")
+        whole = all(
+            (place / name).stat().st_size == size and _digest(place / name) == meta.digests.get(name)
+            for name, size in meta.sizes.items()
+        )
+        if whole:
+            os.utime(place / "meta.json")
+            return _mapped(place, meta), meta.sentences
+    except (ColledgeError, OSError):
+        pass
+    shutil.rmtree(place, ignore_errors=True)
+    return None
+
+
+def _mapped(place: Path, meta: StoreMeta) -> Stream:
+    def array(name: str, dtype: Any) -> Any:
+        return (
+            np.memmap(place / name, dtype=dtype, mode="r") if meta.sizes[name] else np.zeros(0, dtype=dtype)
+        )
+
+    learnt = array("learnt.bin", np.bool_) if "learnt.bin" in meta.sizes else None
+    digest = hashlib.sha256(repr(sorted(meta.digests.items())).encode()).hexdigest()
+    return Stream(array("ids.bin", meta.token_type), array("ends.bin", np.int64), learnt, digest)
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write(
+    place: Path, files: Sequence[Path], tokenizer: Tokenizer, loss_on: LossOn, say: Say | None
+) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _clean(place.parent)
+    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
+    try:
+        noticed = Noticed()
+        examples = iterate_examples(files, noticed=noticed)
+        tokens = tokenize(examples, tokenizer, loss_on, noticed=noticed)
+        with _Writer(partial, "uint16" if len(tokenizer) <= 1 << 16 else "int32") as writer:
+            writer.add_all(tokens, files, say)
+        if writer.num_examples == 0:
+            named = ", ".join(map(str, files))
+            raise DataError(f"{named}: holds no text.", fix="give a file with at least one row of text.")
+        names = [path.name for path in sorted(partial.iterdir())]
+        meta = StoreMeta(
+            sizes={name: (partial / name).stat().st_size for name in names},
+            digests={name: _digest(partial / name) for name in names},
+            token_type=writer.token_type,
+            sentences=tuple(noticed.sentences()),
+        )
+        write_atomically(partial / "meta.json", meta.to_json())
+        partial.chmod(0o755)
+        if not place.exists():  # else another process was quicker, and wrote the same
+            os.replace(partial, place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class _Writer:
+    """Writes tokens as they come."""
+
+    def __init__(self, folder: Path, token_type: Literal["uint16", "int32"]) -> None:
+        self.token_type: Literal["uint16", "int32"] = token_type
+        self.num_examples = self.num_tokens = 0
+        self._folder = folder
+        self._ids, self._ends = (folder / "ids.bin").open("wb"), (folder / "ends.bin").open("wb")
+        self._learnt: IO[bytes] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._ids, self._ends, self._learnt):
+            if file is not None:
+                file.close()
+
+    def add_all(self, tokens: Iterable[Tokens], files: Sequence[Path], say: Say | None) -> None:
+        """Write the tokens of all examples, and say how far it is."""
+        name = files[0].name if len(files) == 1 else f"{len(files)} files"
+        said_s = began_s = time.monotonic()
+        for one in tokens:
+            self._add(one)
+            now_s = time.monotonic()
+            if say is not None and now_s - said_s > _LINE_EVERY_S:
+                said_s = now_s
+                rate = self.num_tokens / (now_s - began_s)
+                say(f"tokenising {name}: {self.num_tokens:,} tokens so far ({rate:,.0f}/s)")
+
+    def _add(self, one: Tokens) -> None:
+        self.num_examples += 1
+        if one.learnt is not None and self._learnt is None:
+            self._learnt = (self._folder / "learnt.bin").open("wb")
+            self._learnt.write(b"\1" * self.num_tokens)
+        self.num_tokens += len(one.ids)
+        self._ids.write(one.ids.astype(self.token_type).tobytes())
+        self._ends.write(np.int64(self.num_tokens).tobytes())
+        if self._learnt is not None:
+            self._learnt.write(one.mask.tobytes())
+
+
+def _clean(home: Path) -> None:
+    """Remove what a killed process left, and stores that nobody has used for long."""
+    now_s = time.time()
+    for folder in home.iterdir():
+        stamp = folder if folder.name.startswith(".partial-") else folder / "meta.json"
+        limit_s = _STALE_S if stamp is folder else _KEPT_S
+        try:
+            old = now_s - stamp.stat().st_mtime > limit_s
+        except OSError:
+            old = folder.name.startswith(".partial-")
+        if old:
+            shutil.rmtree(folder, ignore_errors=True)
