@@ -115,7 +115,7 @@ def check_backend(run: RunConfig, pool: PoolConfig) -> None:
         return
     check_installed(run.backend)
     if run.deepspeed is not None:
-        check_config(read_deepspeed(run.deepspeed), run.optimizer, run.batch.global_size)
+        check_config(read_deepspeed(run.deepspeed), run.optimizer, run.batch.global_size, run.steps)
     for device in pool.devices:
         if device.accelerator != "cpu" or device.emulate != Emulation():
             what = "emulates a slower one" if device.accelerator == "cpu" else f"is {device.accelerator}"

@@ -415,7 +415,7 @@ def read_deepspeed(settings: DeepSpeedSettings) -> dict[str, JsonValue]:
         return {"zero_optimization": {"stage": settings.zero_stage}}
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise ConfigError(
             f"{path}: cannot be read as JSON ({fault}).", fix="mend deepspeed.config."
         ) from None
