@@ -11,6 +11,7 @@ each other at their exit; here they are ended.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -26,7 +27,8 @@ from typing import Protocol
 
 import psutil
 
-from colledge.errors import ColledgeError, ConfigError, DeviceError, LaunchError
+from colledge.errors import ColledgeError, DeviceError, LaunchError
+from colledge.launch.addresses import address_family, check_coordinator, reachable_address
 from colledge.launch.job import Failure, Launch, OutputFolder
 from colledge.launch.run_config import PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
@@ -37,6 +39,12 @@ _ENDED_AT_ONCE = {  # kinds of job that save nothing on the way; what is left, a
     "simulate": ("a simulation keeps no state", "simulate again."),
 }
 LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
+# What torchrun takes its options' defaults from, and what an outer torchrun tells its own processes.
+_OF_TORCHRUN = ("PET_", "TORCHELASTIC_")
+_OF_ANOTHER_RUN = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|PYTHON_EXEC"
+)
+_WITHOUT_PET = "env $(env | sed -n 's/^\\(PET_[A-Za-z_]*\\)=.*/-u \\1/p')"  # for shells of other machines
 _BY_HAND = {"simulate": "colledge federate simulate", "node": "colledge federate join"}  # or serve
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
@@ -54,9 +62,18 @@ class Agent:
     command: tuple[str, ...]
 
     def line(self) -> str:
-        """Return the command as a line for a shell."""
+        """Return the command as a line for a shell, whatever PET_ variables that has."""
         variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.command)])
+        return " ".join([_WITHOUT_PET, *variables, shlex.join(self.command)])
+
+    def surroundings(self) -> dict[str, str]:
+        """Return the variables to start it with here: ours, without what would change what torchrun does."""
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(_OF_TORCHRUN) and not _OF_ANOTHER_RUN.fullmatch(key)
+        }
+        return {**kept, **self.environment, LAUNCHER_VARIABLE: str(os.getpid())}
 
 
 def choose_port(pool: PoolConfig) -> int:
@@ -66,8 +83,7 @@ def choose_port(pool: PoolConfig) -> int:
         LaunchError: The pool's port is taken, or its address is none of this machine's.
     """
     address, port = pool.coordinator.address, pool.coordinator.port
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
+    with socket.socket(address_family(address), socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port or 0))
@@ -81,19 +97,21 @@ def choose_port(pool: PoolConfig) -> int:
 
 
 def plan_agents(job: Launch, port: int) -> list[Agent]:
-    """Return the agents of a job: the coordinator, then the devices by rank."""
+    """Return the agents of a job: the coordinator, then the devices by rank.
+
+    Raises:
+        ConfigError: A device on another machine could not reach the coordinator, or its address is not known.
+    """
     address = job.pool.coordinator.address
-    remote = [device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices]
-    if remote and (address.startswith("127.") or address in ("localhost", "::1")):
-        raise ConfigError(
-            f"device {remote[0]!r} is on another machine and cannot reach the coordinator at {address}.",
-            fix="set coordinator.address in pool.yaml to this machine's address in their network.",
-        )
     devices = {device.id: device for device in job.pool.devices}
+    hosts = {id: devices[id].address for id in job.devices}
+    there = {id: reachable_address(host, id) for id, host in hosts.items() if host is not None}
+    for id, theirs in there.items():
+        check_coordinator(address, id, theirs)
     agents = [_agent("coordinator", "local", address, address, port, 0, job, 1)]
     for rank, id in enumerate(job.devices, start=1):
         device = devices[id]
-        own = address if device.host == "local" else device.host
+        own = there.get(id, address)
         agents.append(_agent(id, device.host, own, address, port, rank, job, device.threads))
     return agents
 
@@ -221,7 +239,7 @@ class Supervisor:
                 self._processes.append(
                     Popen(
                         agent.command,
-                        env={**os.environ, **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
+                        env=agent.surroundings(),
                         stdin=DEVNULL,
                         stdout=output,
                         stderr=STDOUT,
