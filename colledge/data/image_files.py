@@ -6,6 +6,7 @@ CIFAR python   data_batch_1 to data_batch_5, test_batch                         
                train, test; by their fine labels                                         CIFAR-100
 npz            x_train, y_train, x_test, y_test in the only .npz                         as Keras keeps its own
 png            train/CLASS/*.png, test/CLASS/*.png; classes in the order of their names
+What is hidden (.ipynb_checkpoints, ._1.png) is no data; pictures that would be left out are counted and refused.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ _CIFAR_FILES: Mapping[Split, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),
 }
+_HIDDEN = (".", "__MACOSX")  # what file managers and notebooks leave
 _AGAIN = "fetch the file again."
+_PICTURES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+    | {".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm", ".tga", ".svg"}
+)
 
 
 def read_images(folder: Path, split: Split) -> Images:
@@ -60,13 +66,18 @@ def read_images(folder: Path, split: Split) -> Images:
     if not folder.exists():
         raise DataError(f"{folder}: no such folder.", fix="give the path of a folder of images.")
     readers = [
-        reader for pattern, reader in _READERS.items() if any(path.is_file() for path in folder.glob(pattern))
+        reader
+        for pattern, reader in _READERS.items()
+        if any(path.is_file() and _is_shown(path, folder) for path in folder.glob(pattern))
     ]
-    if folder.suffix == ".npz":
+    if any(path.suffix.lower() in _PICTURES for path in (folder / "train").glob("**/*")):
+        readers.append(_pngs)
+    if folder.suffix.lower() == ".npz":
         readers = [_npz]
     if len(readers) != 1:
         raise DataError(
-            f"{folder}: holds training images in {len(readers)} formats, wanted one of {', '.join(_READERS)}.",
+            f"{folder}: holds training images in {len(readers)} formats, wanted one of "
+            f"{', '.join(_READERS)}, train/*/*.png.",
             fix="give the folder in which these files lie.",
         )
     images, labels, class_names = readers[0](folder, split)
@@ -208,7 +219,7 @@ def _cifar_batch(path: Path, key: bytes, name: str) -> tuple[Bytes, npt.NDArray[
 
 
 def _npz(source: Path, split: Split) -> Images:
-    files = [source] if source.is_file() else sorted(source.glob("*.npz"))
+    files = [source] if source.is_file() else [path for path in _visible(source) if path.suffix == ".npz"]
     if len(files) != 1:
         raise DataError(
             f"{source}: holds {len(files)} .npz files, wanted one.", fix="give the file's own path."
@@ -233,14 +244,17 @@ def _npz(source: Path, split: Split) -> Images:
 def _pngs(folder: Path, split: Split) -> Images:
     if not (folder / split).is_dir():
         raise DataError(f"{folder / split}: no such folder.", fix=f"give {split}/CLASS/*.png.")
-    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    strange = sorted({path.name for path in (folder / split).iterdir() if path.is_dir()} - set(classes))
+    classes = [path.name for path in _visible(folder / "train") if path.is_dir()]
+    strange = sorted({path.name for path in _visible(folder / split) if path.is_dir()} - set(classes))
     if strange:
         raise DataError(f"{folder / split / strange[0]}: no such class in train.", fix="remove the folder.")
+    _refuse_unread(folder / split)
     images: list[Bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        for path in sorted((folder / split / name).glob("*.png")):
+        for path in _visible(folder / split / name):
+            if path.suffix.lower() != ".png":
+                continue
             image = _png(path)
             if images and image.shape != images[0].shape:
                 raise DataError(
@@ -251,6 +265,41 @@ def _pngs(folder: Path, split: Split) -> Images:
             labels.append(label)
     stacked = np.stack(images) if images else np.zeros((0, 1, 1), dtype=np.uint8)
     return Images(_channels_first(stacked, folder), np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in a folder, in the order of names, without what programs hide there; nothing if there is none."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(_HIDDEN))
+
+
+def _refuse_unread(split: Path) -> None:
+    """Refuse pictures of a split that would be left out, and classes without any.
+
+    Raises:
+        DataError: There are some; the message counts them by class.
+    """
+    stray = [path for path in _visible(split) if path.is_file() and path.suffix.lower() in _PICTURES]
+    unread = [f"{len(stray)} of no class"] if stray else []
+    for folder in [path for path in _visible(split) if path.is_dir()]:
+        found = [path for path in folder.rglob("*") if _is_shown(path, folder)]
+        pictures = [path for path in found if path.suffix.lower() in _PICTURES]
+        left = [path for path in pictures if path.suffix.lower() != ".png" or path.parent != folder]
+        if left:
+            kinds = ", ".join(sorted({path.suffix for path in left}))
+            unread.append(f"{len(left)} of {folder.name} ({kinds})")
+        elif not pictures:
+            raise DataError(f"{folder}: holds no .png.", fix="give this class some, or remove the folder.")
+    if unread:
+        raise DataError(
+            f"{split}: pictures that are not read: {', '.join(unread)}.",
+            fix=f"save each as .png right in the folder of its class, such as {split.name}/CLASS/1.png.",
+        )
+
+
+def _is_shown(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(_HIDDEN) for part in path.relative_to(folder).parts)
 
 
 def _png(path: Path) -> Bytes:
@@ -275,5 +324,4 @@ _READERS: Mapping[str, Callable[[Path, Split], Images]] = {
     "data_batch_1": _cifar_python,
     "train": _cifar_100,
     "*.npz": _npz,
-    "train/*/*.png": _pngs,
 }
