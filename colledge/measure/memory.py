@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 import psutil
 import torch
 
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+from colledge.measure.cgroups import cgroup_rooms
 
 
 def resident_bytes() -> int:
@@ -56,10 +55,8 @@ def usable_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.zeros((), device=device)  # makes the context, which is not ours to use
         return int(torch.cuda.mem_get_info(device)[0])
-    usable = int(psutil.virtual_memory().available) + resident_bytes()
-    for path in _CGROUP_LIMITS:  # a container may have less than its machine
-        try:
-            usable = min(usable, int(path.read_text()))
-        except (OSError, ValueError):  # no such file, or `max`
-            continue
+    held = resident_bytes()
+    usable = int(psutil.virtual_memory().available) + held
+    for room in cgroup_rooms():  # a container, a unit or a job may have less than its machine
+        usable = min(usable, room.limit_bytes, room.left_bytes + held)
     return usable
