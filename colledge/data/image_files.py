@@ -15,6 +15,7 @@ import math
 import pickle
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -43,6 +44,7 @@ _CIFAR_FILES: Mapping[Split, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),
 }
+_OF_PROGRAMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _AGAIN = "fetch the file again."
 
 
@@ -59,9 +61,7 @@ def read_images(folder: Path, split: Split) -> Images:
     """
     if not folder.exists():
         raise DataError(f"{folder}: no such folder.", fix="give the path of a folder of images.")
-    readers = [
-        reader for pattern, reader in _READERS.items() if any(path.is_file() for path in folder.glob(pattern))
-    ]
+    readers = [reader for pattern, reader in _READERS.items() if _has_file(folder, pattern)]
     if folder.suffix == ".npz":
         readers = [_npz]
     if len(readers) != 1:
@@ -76,6 +76,11 @@ def read_images(folder: Path, split: Split) -> Images:
             fix="fetch both files of that split again.",
         )
     return Images(images, labels.astype(np.int64), class_names)
+
+
+def _has_file(folder: Path, pattern: str) -> bool:
+    either = "".join(f"[{c}{c.upper()}]" for c in "png")
+    return any(path.is_file() for path in folder.glob(pattern.replace("png", either)))
 
 
 def _content(path: Path) -> bytes:
@@ -233,14 +238,19 @@ def _npz(source: Path, split: Split) -> Images:
 def _pngs(folder: Path, split: Split) -> Images:
     if not (folder / split).is_dir():
         raise DataError(f"{folder / split}: no such folder.", fix=f"give {split}/CLASS/*.png.")
-    classes = sorted(path.name for path in (folder / "train").iterdir() if path.is_dir())
-    strange = sorted({path.name for path in (folder / split).iterdir() if path.is_dir()} - set(classes))
+    classes = sorted(path.name for path in _visible(folder / "train") if path.is_dir())
+    strange = sorted({path.name for path in _visible(folder / split) if path.is_dir()} - set(classes))
     if strange:
         raise DataError(f"{folder / split / strange[0]}: no such class in train.", fix="remove the folder.")
     images: list[Bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        for path in sorted((folder / split / name).glob("*.png")):
+        pictures = _pictures(folder / split / name)
+        if split == "train" and not pictures:
+            raise DataError(
+                f"{folder / split / name}: holds no picture.", fix="add some, or remove the folder."
+            )
+        for path in pictures:
             image = _png(path)
             if images and image.shape != images[0].shape:
                 raise DataError(
@@ -251,6 +261,33 @@ def _pngs(folder: Path, split: Split) -> Images:
             labels.append(label)
     stacked = np.stack(images) if images else np.zeros((0, 1, 1), dtype=np.uint8)
     return Images(_channels_first(stacked, folder), np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return what is in a folder, but for hidden files and folders, which programs leave there."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", *_OF_PROGRAMS)))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Return the pictures of a class; a folder that is not there has none.
+
+    Raises:
+        DataError: There are files of other kinds among them, or folders, which nobody would read.
+    """
+    inside = _visible(folder) if folder.is_dir() else []
+    found = [path for path in inside if path.suffix.lower() == ".png" and path.is_file()]
+    others = Counter(
+        "folder" if path.is_dir() else path.suffix.lower() or "without a suffix"
+        for path in inside
+        if path not in set(found)
+    )
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+        raise DataError(
+            f"{folder}: {others.total()} file(s) or folder(s) there are no .png and are not read ({kinds}).",
+            fix="save pictures as .png, and take other files out.",
+        )
+    return found
 
 
 def _png(path: Path) -> Bytes:

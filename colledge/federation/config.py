@@ -85,7 +85,7 @@ class FederationConfig(Record):
     local: LocalSettings = LocalSettings()
     nodes: tuple[NodeConfig, ...] = Field(min_length=2)
     evaluate_every: int = Field(default=1, ge=1, strict=True)
-    seed: int = Field(default=0, ge=0, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     message_limit_bytes: Bytes = Field(default=2 * 1024**3, alias="message_limit", gt=0)
     output: Path = Path("federation")
 

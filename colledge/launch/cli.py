@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from colledge import __version__
 from colledge.errors import ColledgeError, ConfigError
+from colledge.launch.terminal import replace_unprintable
 from colledge.settings import LossOn
 
 if TYPE_CHECKING:
@@ -524,6 +525,7 @@ def federate_status(
 
 def main() -> None:
     """Run the command line; print a fault as one line and exit with its code."""
+    replace_unprintable()
     try:
         code = app(standalone_mode=False)
     except TyperException as fault:  # a command line that cannot be read

@@ -26,6 +26,7 @@ from colledge.launch.generating import generate_job
 from colledge.launch.inputs import open_model
 from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.stop import StopRequest
+from colledge.launch.terminal import replace_unprintable
 from colledge.launch.training import Training
 from colledge.models import HuggingFaceCausalLM
 from colledge.parallel import Message, World
@@ -96,6 +97,7 @@ def main() -> None:
     output = Path(sys.argv[1])
     folder = OutputFolder(output)
     stop = StopRequest()
+    replace_unprintable()
     torch.set_num_threads(1)
     try:
         with folder.locked():

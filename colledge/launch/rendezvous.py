@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from types import FrameType
@@ -28,7 +29,7 @@ import psutil
 
 from colledge.errors import ColledgeError, ConfigError, DeviceError, LaunchError
 from colledge.launch.job import Failure, Launch, OutputFolder
-from colledge.launch.run_config import PoolConfig
+from colledge.launch.run_config import DeviceConfig, PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
 
@@ -38,6 +39,11 @@ _ENDED_AT_ONCE = {  # kinds of job that save nothing on the way; what is left, a
 }
 LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
 _BY_HAND = {"simulate": "colledge federate simulate", "node": "colledge federate join"}  # or serve
+_OF_OTHER_LAUNCHERS = frozenset(
+    {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"}
+    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
+)
+_ANYWHERE = ("0.0.0.0", "::")  # where one may listen and nobody can call
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
 _EXIT_GRACE_S = 15.0  # for torchrun's agents to end after the coordinator did
@@ -83,6 +89,11 @@ def choose_port(pool: PoolConfig) -> int:
 def plan_agents(job: Launch, port: int) -> list[Agent]:
     """Return the agents of a job: the coordinator, then the devices by rank."""
     address = job.pool.coordinator.address
+    if address in _ANYWHERE:
+        raise ConfigError(
+            f"coordinator.address is {address}, which no device can call.",
+            fix="set coordinator.address in pool.yaml to this machine's address in the devices' network.",
+        )
     remote = [device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices]
     if remote and (address.startswith("127.") or address in ("localhost", "::1")):
         raise ConfigError(
@@ -93,9 +104,32 @@ def plan_agents(job: Launch, port: int) -> list[Agent]:
     agents = [_agent("coordinator", "local", address, address, port, 0, job, 1)]
     for rank, id in enumerate(job.devices, start=1):
         device = devices[id]
-        own = address if device.host == "local" else device.host
+        own = address if device.host == "local" else _address_of(device)
         agents.append(_agent(id, device.host, own, address, port, rank, job, device.threads))
     return agents
+
+
+def _address_of(device: DeviceConfig) -> str:
+    """Return the address at which another machine is: of its host without the user, whose name is for ssh.
+
+    Raises:
+        ConfigError: The host is this machine, or no name that is known here.
+    """
+    host = device.host.rpartition("@")[2]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except (OSError, UnicodeError):
+        raise ConfigError(
+            f"device {device.id!r}: host {device.host!r} is no address, and no name that is known here.",
+            fix="give the machine's address in pool.yaml.",
+        ) from None
+    address = str(found).partition("%")[0]
+    if address in _ANYWHERE or ip_address(address).is_loopback:
+        raise ConfigError(
+            f"device {device.id!r}: host {device.host!r} is this machine.",
+            fix="write host: local, or leave it out.",
+        )
+    return address
 
 
 def _agent(
@@ -221,7 +255,7 @@ class Supervisor:
                 self._processes.append(
                     Popen(
                         agent.command,
-                        env={**os.environ, **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
+                        env={**_inherited(), **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
                         stdin=DEVNULL,
                         stdout=output,
                         stderr=STDOUT,
@@ -311,6 +345,15 @@ class Supervisor:
             except psutil.NoSuchProcess:
                 continue
             self._known |= {process.pid: process for process in found}
+
+
+def _inherited() -> dict[str, str]:
+    """Return this process's environment without what other launchers left in it, which torchrun would obey."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _OF_OTHER_LAUNCHERS and not key.startswith(("PET_", "TORCHELASTIC_"))
+    }
 
 
 def _children(pid: int) -> list[psutil.Process]:

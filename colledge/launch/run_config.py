@@ -119,7 +119,7 @@ class RunConfig(Record):
     mixed_precision: NarrowPrecision | None = None
     frozen_precision: NarrowPrecision | None = None
     wire_precision: WirePrecision | None = None
-    seed: int = Field(default=0, ge=0, strict=True)
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     pool: Path
     objective: Objective = "energy"
     accounting: Accounting = "whole-pool"

@@ -8,6 +8,7 @@ own model with the other stages' modules taken out (`stage`); tensor shards are 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from colledge.errors import ModelError
@@ -43,6 +44,23 @@ _BAD_CONFIGURATION = (
     *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError),
     StrictDataclassError,
 )
+
+
+def check_no_code(directory: Path) -> None:
+    """Check that a folder's model is one of the library's own; else the library would ask whether to run its code.
+
+    Raises:
+        ModelError: It has code of its own.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # whoever reads it says what is wrong
+    if isinstance(config, dict) and config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{directory}: model type {config.get('model_type')!r} comes with code of its own, which is not run.",
+            fix="use a model of a type that transformers knows.",
+        )
 
 
 class HuggingFaceCausalLM:
@@ -119,8 +137,9 @@ class HuggingFaceCausalLM:
             raise ModelError(
                 f"{directory}: no config.json there.", fix="give a directory that save_pretrained wrote."
             )
+        check_no_code(directory)
         try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None

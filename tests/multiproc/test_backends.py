@@ -177,6 +177,23 @@ def test_a_given_configuration_is_completed() -> None:
     assert without["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
 
 
+def test_auto_never_contradicts_and_deepspeed_never_sees_it() -> None:
+    config = _complete(
+        optimizer={
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+        fp16={"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        bf16={"enabled": "auto"},
+        train_batch_size="auto",
+        train_micro_batch_size_per_gpu="auto",
+        zero_optimization={"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "none"}},
+    )
+    assert "auto" not in str(config)
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "none"}}
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -185,7 +202,9 @@ def test_a_given_configuration_is_completed() -> None:
         ({"gradient_accumulation_steps": 1}, "wanted 2 of the plan"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, wanted 0.5"),
         ({"bf16": {"enabled": True}}, "'bf16', which run.yaml says by precision"),
-        ({"optimizer": {"type": "Adam"}}, "'optimizer'"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.type is 'Adam', wanted adamw"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, r"optimizer.params.lr is 3e-05, wanted"),
+        ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.type is 'WarmupDecayLR', wanted .* constant"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0, wanted 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
     ],

@@ -423,6 +423,24 @@ def test_a_damaged_npz(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+def test_pictures_that_would_not_be_read_are_named(tmp_path: Path) -> None:
+    write_pngs(tmp_path, {"train": made(20, (3, 4, 4), 0)})
+    wanted = len(read_images(tmp_path, "train").labels)
+    folder = tmp_path / "train" / "class-3"
+    pictures = sorted(folder.iterdir())
+    pictures[0].rename(pictures[0].with_suffix(".PNG"))
+    for left in (folder / ".DS_Store", folder / "._0001.png", folder / "Thumbs.db"):
+        left.write_bytes(b"x")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    images = read_images(tmp_path, "train")
+    assert (len(images.labels), len(images.class_names or ())) == (wanted, 10)
+    pictures[0].with_suffix(".PNG").rename(pictures[0].with_suffix(".jpg"))
+    assert "class-3: 1 file(s) or folder(s) there are no .png and are not read (1 .jpg)" in fault_of(tmp_path)
+    for path in folder.glob("*.*"):
+        path.unlink()
+    assert "class-3: holds no picture" in fault_of(tmp_path)
+
+
 def test_damaged_pngs(tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image", reason="needs Pillow")
     write_pngs(tmp_path, {"train": made(20, (3, 4, 4), 0)})

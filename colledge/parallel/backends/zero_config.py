@@ -10,13 +10,10 @@ from colledge.errors import ConfigError
 from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
 
-_ELSEWHERE = {
-    "optimizer": "optimizer",
-    "scheduler": "optimizer.schedule",
-    "fp16": "precision",
-    "bf16": "precision",
-    "amp": "precision",
-}  # sections of DeepSpeed, and where run.yaml says the same
+_AUTO = "auto"  # in DeepSpeed's configurations: whatever the run says
+_NARROW = ("fp16", "bf16", "amp")  # sections that run.yaml says by precision
+_ELSEWHERE = ("optimizer", "scheduler", *_NARROW)
+_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _MANY_STEPS = 1 << 40
 
 
@@ -44,7 +41,14 @@ def complete_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _MANY_STEPS,
     }
-    return {key: value for key, value in given.items() if key not in _ELSEWHERE} | own
+    return {key: without_auto(value) for key, value in given.items() if key not in _ELSEWHERE} | own
+
+
+def without_auto(value: JsonValue) -> JsonValue:
+    """Return a value without the keys that are "auto": DeepSpeed has defaults for them, and does not know the word."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_auto(inner) for key, inner in value.items() if inner != _AUTO}
 
 
 def check_config(
@@ -55,18 +59,19 @@ def check_config(
     Raises:
         ConfigError: They contradict each other.
     """
-    for section, key in _ELSEWHERE.items():
+    for section in _NARROW:
         value = given.get(section)
-        if value is not None and not (isinstance(value, dict) and value.get("enabled") is False):
-            raise ConfigError(
-                f"deepspeed: the configuration has {section!r}, which run.yaml says by {key}.",
-                fix=f"take {section!r} out of it.",
-            )
+        if isinstance(value, dict) and value.get("enabled", False) in (False, _AUTO):
+            continue
+        if value not in (None, _AUTO):
+            raise _said_elsewhere(section, "precision")
+    _check_optimizer(given, optimizer)
+    _check_scheduler(given, optimizer)
     _check_value(given, "train_batch_size", global_batch_size, "of batch.global_size")
     _check_value(
         given, "gradient_clipping", optimizer.gradient_clipping or 0.0, "of optimizer.gradient_clipping"
     )
-    zero = given.get("zero_optimization")
+    zero = without_auto(given.get("zero_optimization"))
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (1, 2, 3):
         raise ConfigError(
@@ -88,3 +93,58 @@ def _check_value(given: Mapping[str, JsonValue], key: str, wanted: float, of: st
         raise ConfigError(
             f"deepspeed: {key} is {seen!r}, wanted {wanted:g} {of}.", fix="leave it out, or make them agree."
         )
+
+
+def _said_elsewhere(section: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"deepspeed: the configuration has {section!r}, which run.yaml says by {key}.",
+        fix=f"take {section!r} out of it.",
+    )
+
+
+def _check_optimizer(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
+    section = given.get("optimizer", _AUTO)
+    if section in (None, _AUTO):
+        return
+    params = section.get("params", {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(params, dict):
+        raise _said_elsewhere("optimizer", "optimizer")
+    wanted = {
+        "lr": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "momentum": optimizer.momentum,
+        "torch_adam": True,
+        "adam_w_mode": True,
+    }
+    kind = section.get("type", _AUTO)
+    if kind != _AUTO and str(kind).lower() != optimizer.name:
+        raise _contradiction("optimizer.type", kind, f"{optimizer.name} of optimizer.name")
+    for key, value in params.items():
+        if value == _AUTO:
+            continue
+        if key not in wanted:
+            raise _said_elsewhere(f"optimizer.params.{key}", "optimizer")
+        if value != wanted[key]:
+            raise _contradiction(f"optimizer.params.{key}", value, f"{wanted[key]} of run.yaml's optimizer")
+
+
+def _check_scheduler(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
+    section = given.get("scheduler", _AUTO)
+    if section in (None, _AUTO):
+        return
+    params = section.get("params", {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(params, dict):
+        raise _said_elsewhere("scheduler", "optimizer.schedule")
+    if any(value != _AUTO for value in params.values()):
+        raise _said_elsewhere("scheduler", "optimizer.schedule and optimizer.warmup_steps")
+    kind = section.get("type", _AUTO)
+    if kind != _AUTO and _SCHEDULES.get(str(kind)) != optimizer.schedule:
+        raise _contradiction("scheduler.type", kind, f"the one of optimizer.schedule: {optimizer.schedule}")
+
+
+def _contradiction(key: str, seen: JsonValue, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"deepspeed: {key} is {seen!r}, wanted {wanted}.", fix="leave it out, or make them agree."
+    )
