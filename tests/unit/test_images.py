@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from colledge.data import ImageSettings, image_settings, load_images
+from colledge.data.image_files import read_images
 from colledge.data.images import FASHION_MNIST
 from colledge.errors import ColledgeError, DataError
 
