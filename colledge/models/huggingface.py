@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from colledge.errors import ModelError
+from colledge.models.conversion import stores_two_values
 from colledge.models.float64 import keep_float64
 from colledge.models.layered import ModelSpec, StageModule
 from colledge.models.lora import attach_adapters, cut_adapters, is_adapter, plain_name
@@ -125,9 +126,17 @@ class HuggingFaceCausalLM:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         model = cls(config.to_dict())
+        if stores_two_values(directory, model.skeleton(), model.tied):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            model = cls(config.to_dict())
         if probe:
             check_parts(model)
         return cls(config.to_dict(), lora, mixed_precision, frozen_precision)
+
+    def skeleton(self) -> nn.Module:
+        """Return the library's whole model on the meta device, without adapters."""
+        return self._skeleton()
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
