@@ -16,7 +16,8 @@ from huggingface_hub.errors import (
 )
 
 from colledge.data import Example, Rows, Tokenizer, load_tokenizer, make_rows, read_examples, split_examples
-from colledge.errors import DataError, ModelError
+from colledge.errors import ConfigError, DataError, ModelError
+from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import DataConfig, RunConfig
 from colledge.models import HuggingFaceCausalLM
 
@@ -70,6 +71,26 @@ def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFa
     return HuggingFaceCausalLM.from_directory(
         folder, run.adapters, run.mixed_precision, run.frozen_precision, probe=probe
     )
+
+
+def check_output(run: RunConfig, model_folder: Path) -> None:
+    """Check that a run's output takes the place of nothing that the run reads.
+
+    Raises:
+        ConfigError: What is written would replace the model or the data.
+    """
+    output, model = OutputFolder(run.output.resolve()), model_folder.resolve()
+    fix = "set another output in run.yaml."
+    if model == output.path:
+        raise ConfigError(f"output {run.output} is the model's own folder.", fix=fix)
+    replaced = (output.model, output.adapter, output.metrics, output.tensorboard)
+    read = {"model": model, "data.train": run.data.train, "data.validation": run.data.validation}
+    for name, path in read.items():
+        for written in replaced:
+            if path is not None and written in (path.resolve(), *path.resolve().parents):
+                raise ConfigError(
+                    f"{name} is {path}, and what is trained goes to {written}, over it.", fix=fix
+                )
 
 
 @dataclass(frozen=True)

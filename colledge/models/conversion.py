@@ -33,9 +33,10 @@ _SCALES = re.compile(
 
 @dataclass(frozen=True)
 class _Group:
-    """Tensors on disk that together make weights in memory; `transform` is the library's, None where names differ at most.
+    """Tensors on disk that together make weights in memory, of which `first` is one.
 
-    `sources` are names on disk, and the patterns of the transform that they match; `first` is the first weight made.
+    `sources` are names on disk, and the patterns that they match of `transform`, the library's; None gives a new name
+    at most.
     """
 
     first: str
@@ -53,13 +54,13 @@ class ModelWeights(Mapping[str, Tensor]):
         skeleton: The model on the meta device.
 
     Raises:
-        ModelError: There are no weights, or one is missing, of another shape or quantised: what the files' headers tell.
+        ModelError: There are no weights, or by the files' headers one is missing, of another shape or quantised.
     """
 
     def __init__(self, directory: Path, skeleton: nn.Module) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
 
-        self._directory = directory
+        self.directory = directory
         self._model: Any = skeleton
         check_not_quantised(directory, self._model.config)
         self._files = SafetensorsDirectory(directory)
@@ -77,7 +78,9 @@ class ModelWeights(Mapping[str, Tensor]):
         self._check_names()
         self._check_shapes()
         self.unexpected = self._without_ignored(unmatched)
-        self._kept: tuple[_Group, dict[str, Tensor]] | None = None  # what was made beside the last that was asked for
+        self._kept: tuple[_Group, dict[str, Tensor]] | None = (
+            None  # what was made beside the last that was asked for
+        )
 
     # -- from disk -------------------------------------------------------------------------------------------------
 
@@ -91,10 +94,7 @@ class ModelWeights(Mapping[str, Tensor]):
         name = self._tied.get(name, name)
         group = self._groups[name]
         if self._kept is None or self._kept[0] is not group:
-            stored = self._files.read(source for source, _ in group.sources)
-            for source, tensor in stored.items():
-                check_finite(f"{self._files.headers[source].path}: {source!r}", tensor)
-            self._kept = (group, self._convert(group, stored))
+            self._kept = (group, self._convert(group, self._files.read(s for s, _ in group.sources)))
         tensor = self._kept[1][name]
         if len(self._kept[1]) == 1:
             self._kept = None
@@ -168,7 +168,7 @@ class ModelWeights(Mapping[str, Tensor]):
         except Exception as fault:  # of the library's operations, which check nothing themselves
             names = ", ".join(source for source, _ in group.sources[:3])
             raise ModelError(
-                f"{self._directory}: {names} do not make {group.first!r} ({' '.join(str(fault).split())[:150]}).",
+                f"{self.directory}: {names} do not make {group.first!r} ({' '.join(str(fault).split())[:150]}).",
                 fix="copy the model again.",
             ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -178,14 +178,33 @@ class ModelWeights(Mapping[str, Tensor]):
         headers = {source: self._files.headers[source] for source, _ in group.sources}
         return self._convert(
             group,
-            {s: torch.empty(header.shape, dtype=header.dtype, device="meta") for s, header in headers.items()},
+            {
+                s: torch.empty(header.shape, dtype=header.dtype, device="meta")
+                for s, header in headers.items()
+            },
         )
 
     def _find_tied(self) -> dict[str, str]:
         """Return the names that are stored under another one."""
         tied: dict[str, str] = getattr(self._model, "all_tied_weights_keys", {})
-        pairs = [pair for copy_name, source in tied.items() for pair in ((copy_name, source), (source, copy_name))]
+        pairs = [
+            pair for copy_name, source in tied.items() for pair in ((copy_name, source), (source, copy_name))
+        ]
         return {name: other for name, other in pairs if name not in self._groups and other in self._groups}
+
+    @property
+    def ties(self) -> bool:
+        """Whether the model has weights of two names."""
+        return bool(getattr(self._model, "all_tied_weights_keys", {}))
+
+    def notes(self) -> tuple[str, ...]:
+        """Return in words what of the files is not in the model."""
+        if not self.unexpected:
+            return ()
+        return (
+            f"{self.directory}: {len(self.unexpected)} tensor(s) of its files are no weights of the model and "
+            f"are left out: {_some(list(self.unexpected))}.",
+        )
 
     # -- to disk ---------------------------------------------------------------------------------------------------
 
@@ -202,19 +221,19 @@ class ModelWeights(Mapping[str, Tensor]):
     def _check_types(self, groups: list[_Group], unmatched: list[str]) -> None:
         scales = [name for name in unmatched if _SCALES.search(name)]
         if scales:
-            raise _quantised(self._directory, f"{_some(scales)} go with quantised weights")
+            raise _quantised(self.directory, f"{_some(scales)} go with quantised weights")
         for group in groups:
             floating = self._wanted[group.first].is_floating_point()
             for source, _ in group.sources:
                 header = self._files.headers[source]
                 if header.dtype is None or header.dtype.is_floating_point < floating:
-                    raise _quantised(self._directory, f"{source!r} is stored as {header.stored}")
+                    raise _quantised(self.directory, f"{source!r} is stored as {header.stored}")
 
     def _check_names(self) -> None:
         missing = [name for name in self._wanted if name not in self]
         if missing:
             raise ModelError(
-                f"{self._directory}: {len(missing)} of the model's {len(self._wanted)} weights are in none of its "
+                f"{self.directory}: {len(missing)} of the model's {len(self._wanted)} weights are in none of its "
                 f"files: {_some(missing)}.",
                 fix="copy the model again; its files are not whole, or of another model than config.json.",
             )
@@ -224,7 +243,7 @@ class ModelWeights(Mapping[str, Tensor]):
             wanted = self._wanted.get(name)
             if wanted is not None and tuple(wanted.shape) != shape:
                 raise ModelError(
-                    f"{self._directory}: {name!r} has shape {list(shape)}, config.json wants {list(wanted.shape)}.",
+                    f"{self.directory}: {name!r} has shape {list(shape)}, config.json wants {list(wanted.shape)}.",
                     fix="copy the model again; its files and its config.json are of different models.",
                 )
 
@@ -247,20 +266,6 @@ def check_not_quantised(directory: Path, config: Any) -> None:
         values = settings if isinstance(settings, dict) else vars(settings)
         method = values.get("quant_method") or next((key for key in values if "bit" in key), "unknown")
         raise _quantised(directory, f"config.json has a quantization_config, of the method {method}")
-
-
-def check_finite(what: str, tensor: Tensor) -> None:
-    """Check that a tensor holds nothing but numbers.
-
-    Raises:
-        ModelError: It holds a NaN or an infinity.
-    """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return
-    least, most = torch.aminmax(tensor)
-    if not bool(torch.isfinite(least) & torch.isfinite(most)):
-        seen = "NaN" if bool(least.isnan()) else "infinity"
-        raise ModelError(f"{what} holds {seen}.", fix="copy it again, or train it again: it is damaged.")
 
 
 def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, str]) -> bool:

@@ -24,6 +24,7 @@ _DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # fmt: skip
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _NOT_READ = {  # by the end of a file's name
     ".gguf": "GGUF files, which are for llama.cpp",
     ".bin": "pickled files",
@@ -55,41 +56,48 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).is_file() for name in names)
 
 
-class SafetensorsDirectory(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face model directory by their names on disk; each is read when it is asked for.
+class SafetensorsFiles(Mapping[str, Tensor]):
+    """The tensors of safetensors files by their names there; each is read when it is asked for, and must be finite.
 
     `headers` says of each what its file says, which is read at once.
 
     Args:
-        directory: Holds `model.safetensors`, or else shards with `model.safetensors.index.json`.
-        stem: What the files are called instead of `model`.
+        paths: The files; of a name that several hold, the last one's tensor counts.
 
     Raises:
-        ModelError: There are no such files, or they are damaged.
+        ModelError: A file is missing or damaged.
     """
 
-    def __init__(self, directory: Path, stem: str = "model") -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         self.headers: dict[str, StoredTensor] = {}
-        for path in _files(directory, stem):
+        for path in paths:
             self.headers |= _header(path)
+
+    def only(self, names: Iterable[str]) -> SafetensorsFiles:
+        """Return some of the tensors, not yet read."""
+        some = SafetensorsFiles(())
+        some.headers = {name: self.headers[name] for name in names}
+        return some
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Return some tensors; each file is opened once.
 
         Raises:
             KeyError: There is no such tensor.
-            ModelError: A file is missing or damaged.
+            ModelError: A file is missing or damaged, or a tensor holds a number that is none.
         """
         by_file = defaultdict(list)
         for name in names:
             by_file[self.headers[name].path].append(name)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for path, inside in by_file.items():
             try:
                 with safe_open(path, framework="pt") as file:
                     tensors |= {name: file.get_tensor(name) for name in inside}
             except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
                 raise ModelError(f"{path}: cannot be read ({_line(fault)}).", fix=_COPY) from None
+            for name in inside:
+                check_finite(f"{path}: {name!r}", tensors[name])
         return tensors
 
     def __getitem__(self, name: str) -> Tensor:
@@ -97,7 +105,7 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
 
         Raises:
             KeyError: There is no such tensor.
-            ModelError: Its file is missing or damaged.
+            ModelError: Its file is missing or damaged, or it holds a number that is none.
         """
         return self.read([name])[name]
 
@@ -112,6 +120,35 @@ class SafetensorsDirectory(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self.headers)
+
+
+class SafetensorsDirectory(SafetensorsFiles):
+    """The tensors of a Hugging Face model directory, or of PEFT's, by their names on disk.
+
+    Args:
+        directory: Holds `model.safetensors`, or else shards with `model.safetensors.index.json`.
+        stem: What the files are called instead of `model`.
+
+    Raises:
+        ModelError: There are no such files, or they are damaged.
+    """
+
+    def __init__(self, directory: Path, stem: str = "model") -> None:
+        super().__init__(_files(directory, stem))
+
+
+def check_finite(what: str, tensor: Tensor) -> None:
+    """Check that a tensor holds nothing but numbers.
+
+    Raises:
+        ModelError: It holds a NaN or an infinity.
+    """
+    if tensor.dtype not in _FLOATING or tensor.numel() == 0:
+        return
+    least, most = torch.aminmax(tensor)  # either is NaN where one value is; makes no copy, as isfinite would
+    if not (math.isfinite(least.item()) and math.isfinite(most.item())):
+        seen = "NaN" if math.isnan(least.item()) else "infinity"
+        raise ModelError(f"{what} holds {seen}: it is damaged.", fix="copy it again, or train it again.")
 
 
 def _files(directory: Path, stem: str) -> list[Path]:
