@@ -30,7 +30,11 @@ def write_model(layers: Iterable[Mapping[str, Tensor]], source: ModelWeights, ta
     with _written_beside(target) as folder:
         _copy_texts(source.directory, folder)
         writer = WeightWriter(folder)
+        written: set[str] = set()
         for tensors in layers:
+            writer.add(source.on_disk(tensors))
+            written |= tensors.keys()
+        for tensors in source.rest(written):  # of parts that no layer has
             writer.add(source.on_disk(tensors))
         writer.finish()
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

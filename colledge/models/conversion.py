@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,16 @@ class ModelWeights(Mapping[str, Tensor]):
         written: dict[str, Tensor] = revert_weight_conversion(self._model, dict(tensors))
         return written
 
+    def rest(self, written: Container[str]) -> Iterator[dict[str, Tensor]]:
+        """Yield the weights that are not written yet, those together that are from the same tensors on disk."""
+        copies = getattr(self._model, "all_tied_weights_keys", {})
+        together = defaultdict(list)
+        for name, group in self._groups.items():
+            if name in self._wanted and name not in written and name not in copies:
+                together[group].append(name)
+        for names in together.values():
+            yield {name: self[name] for name in names}
+
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_types(self, groups: list[_Group], unmatched: list[str]) -> None:
@@ -263,7 +274,7 @@ def check_not_quantised(directory: Path, config: Any) -> None:
     """
     settings = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if settings is not None:
-        values = settings if isinstance(settings, dict) else vars(settings)
+        values = settings if isinstance(settings, dict) else {}
         method = values.get("quant_method") or next((key for key in values if "bit" in key), "unknown")
         raise _quantised(directory, f"config.json has a quantization_config, of the method {method}")
 
@@ -281,7 +292,7 @@ def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, s
     Raises:
         ModelError: The folder's weights are damaged.
     """
-    if not tied or not has_weights(directory):
+    if not has_weights(directory):
         return False
     weights = ModelWeights(directory, skeleton)
     return any(not torch.equal(weights[name], weights[source]) for name, source in tied.items())

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from colledge.errors import ModelError
 from colledge.models.conversion import stores_two_values
 from colledge.models.float64 import keep_float64
+from colledge.models.folder import check_folder
 from colledge.models.layered import ModelSpec, StageModule
 from colledge.models.lora import attach_adapters, cut_adapters, is_adapter, plain_name
 from colledge.models.precision import HELD, hold_frozen
@@ -116,17 +117,14 @@ class HuggingFaceCausalLM:
         Raises:
             ModelError: There is no config.json, it cannot be cut, or a small copy of it in parts is not the whole.
         """
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                f"{directory}: no config.json there.", fix="give a directory that save_pretrained wrote."
-            )
+        check_folder(directory)
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
         except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         model = cls(config.to_dict())
-        if stores_two_values(directory, model.skeleton(), model.tied):
+        if model.tied and stores_two_values(directory, model.skeleton(), model.tied):
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = cls(config.to_dict())
