@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -24,8 +24,6 @@ BackendName = Literal["native", LibraryName]  # what trains: colledge's engine, 
 Objective = Literal["energy", "time", "energy-delay"]  # of a plan: what is to be least
 
 ZeroStage = Literal[1, 2, 3]  # of ZeRO: replicas divide optimizer state, gradients too, parameters too
-
-Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]  # as far as PyTorch's generators take one
 
 LossOn = Literal["all", "answers"]  # answers: completions, and what a chat's assistant says
 

@@ -6,7 +6,6 @@ CIFAR python   data_batch_1 to data_batch_5, test_batch                         
                train, test; by their fine labels                                         CIFAR-100
 npz            x_train, y_train, x_test, y_test in the only .npz                         as Keras keeps its own
 png            train/CLASS/*.png, test/CLASS/*.png; classes in the order of their names
-What is hidden (.ipynb_checkpoints, ._1.png) is no data; pictures that would be left out are counted and refused.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import math
 import pickle
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -44,12 +44,8 @@ _CIFAR_FILES: Mapping[Split, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),
 }
-_HIDDEN = (".", "__MACOSX")  # what file managers and notebooks leave
+_OF_PROGRAMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
 _AGAIN = "fetch the file again."
-_PICTURES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
-    | {".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm", ".tga", ".svg"}
-)
 
 
 def read_images(folder: Path, split: Split) -> Images:
@@ -65,19 +61,12 @@ def read_images(folder: Path, split: Split) -> Images:
     """
     if not folder.exists():
         raise DataError(f"{folder}: no such folder.", fix="give the path of a folder of images.")
-    readers = [
-        reader
-        for pattern, reader in _READERS.items()
-        if any(path.is_file() and _is_shown(path, folder) for path in folder.glob(pattern))
-    ]
-    if any(path.suffix.lower() in _PICTURES for path in (folder / "train").glob("**/*")):
-        readers.append(_pngs)
-    if folder.suffix.lower() == ".npz":
+    readers = [reader for pattern, reader in _READERS.items() if _has_file(folder, pattern)]
+    if folder.suffix == ".npz":
         readers = [_npz]
     if len(readers) != 1:
         raise DataError(
-            f"{folder}: holds training images in {len(readers)} formats, wanted one of "
-            f"{', '.join(_READERS)}, train/*/*.png.",
+            f"{folder}: holds training images in {len(readers)} formats, wanted one of {', '.join(_READERS)}.",
             fix="give the folder in which these files lie.",
         )
     images, labels, class_names = readers[0](folder, split)
@@ -87,6 +76,11 @@ def read_images(folder: Path, split: Split) -> Images:
             fix="fetch both files of that split again.",
         )
     return Images(images, labels.astype(np.int64), class_names)
+
+
+def _has_file(folder: Path, pattern: str) -> bool:
+    either = "".join(f"[{c}{c.upper()}]" for c in "png")
+    return any(path.is_file() for path in folder.glob(pattern.replace("png", either)))
 
 
 def _content(path: Path) -> bytes:
@@ -219,7 +213,7 @@ def _cifar_batch(path: Path, key: bytes, name: str) -> tuple[Bytes, npt.NDArray[
 
 
 def _npz(source: Path, split: Split) -> Images:
-    files = [source] if source.is_file() else [path for path in _visible(source) if path.suffix == ".npz"]
+    files = [source] if source.is_file() else sorted(source.glob("*.npz"))
     if len(files) != 1:
         raise DataError(
             f"{source}: holds {len(files)} .npz files, wanted one.", fix="give the file's own path."
@@ -244,17 +238,19 @@ def _npz(source: Path, split: Split) -> Images:
 def _pngs(folder: Path, split: Split) -> Images:
     if not (folder / split).is_dir():
         raise DataError(f"{folder / split}: no such folder.", fix=f"give {split}/CLASS/*.png.")
-    classes = [path.name for path in _visible(folder / "train") if path.is_dir()]
+    classes = sorted(path.name for path in _visible(folder / "train") if path.is_dir())
     strange = sorted({path.name for path in _visible(folder / split) if path.is_dir()} - set(classes))
     if strange:
         raise DataError(f"{folder / split / strange[0]}: no such class in train.", fix="remove the folder.")
-    _refuse_unread(folder / split)
     images: list[Bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        for path in _visible(folder / split / name):
-            if path.suffix.lower() != ".png":
-                continue
+        pictures = _pictures(folder / split / name)
+        if split == "train" and not pictures:
+            raise DataError(
+                f"{folder / split / name}: holds no picture.", fix="add some, or remove the folder."
+            )
+        for path in pictures:
             image = _png(path)
             if images and image.shape != images[0].shape:
                 raise DataError(
@@ -268,38 +264,30 @@ def _pngs(folder: Path, split: Split) -> Images:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Return what is in a folder, in the order of names, without what programs hide there; nothing if there is none."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if not path.name.startswith(_HIDDEN))
+    """Return what is in a folder, but for hidden files and folders, which programs leave there."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", *_OF_PROGRAMS)))
 
 
-def _refuse_unread(split: Path) -> None:
-    """Refuse pictures of a split that would be left out, and classes without any.
+def _pictures(folder: Path) -> list[Path]:
+    """Return the pictures of a class; a folder that is not there has none.
 
     Raises:
-        DataError: There are some; the message counts them by class.
+        DataError: There are files of other kinds among them, or folders, which nobody would read.
     """
-    stray = [path for path in _visible(split) if path.is_file() and path.suffix.lower() in _PICTURES]
-    unread = [f"{len(stray)} of no class"] if stray else []
-    for folder in [path for path in _visible(split) if path.is_dir()]:
-        found = [path for path in folder.rglob("*") if _is_shown(path, folder)]
-        pictures = [path for path in found if path.suffix.lower() in _PICTURES]
-        left = [path for path in pictures if path.suffix.lower() != ".png" or path.parent != folder]
-        if left:
-            kinds = ", ".join(sorted({path.suffix for path in left}))
-            unread.append(f"{len(left)} of {folder.name} ({kinds})")
-        elif not pictures:
-            raise DataError(f"{folder}: holds no .png.", fix="give this class some, or remove the folder.")
-    if unread:
+    inside = _visible(folder) if folder.is_dir() else []
+    found = [path for path in inside if path.suffix.lower() == ".png" and path.is_file()]
+    others = Counter(
+        "folder" if path.is_dir() else path.suffix.lower() or "without a suffix"
+        for path in inside
+        if path not in set(found)
+    )
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
         raise DataError(
-            f"{split}: pictures that are not read: {', '.join(unread)}.",
-            fix=f"save each as .png right in the folder of its class, such as {split.name}/CLASS/1.png.",
+            f"{folder}: {others.total()} file(s) or folder(s) there are no .png and are not read ({kinds}).",
+            fix="save pictures as .png, and take other files out.",
         )
-
-
-def _is_shown(path: Path, folder: Path) -> bool:
-    return not any(part.startswith(_HIDDEN) for part in path.relative_to(folder).parts)
+    return found
 
 
 def _png(path: Path) -> Bytes:
@@ -324,4 +312,5 @@ _READERS: Mapping[str, Callable[[Path, Split], Images]] = {
     "data_batch_1": _cifar_python,
     "train": _cifar_100,
     "*.npz": _npz,
+    "train/*/*.png": _pngs,
 }

@@ -18,7 +18,7 @@ from colledge.federation.strategies import StrategySettings
 from colledge.federation.transport import NodeId
 from colledge.federation.tree import Tier, Tree
 from colledge.records import Record
-from colledge.settings import Objective, Seed
+from colledge.settings import Objective
 from colledge.units import Bytes, BytesPerSecond, Seconds
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
@@ -85,7 +85,7 @@ class FederationConfig(Record):
     local: LocalSettings = LocalSettings()
     nodes: tuple[NodeConfig, ...] = Field(min_length=2)
     evaluate_every: int = Field(default=1, ge=1, strict=True)
-    seed: Seed = 0
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     message_limit_bytes: Bytes = Field(default=2 * 1024**3, alias="message_limit", gt=0)
     output: Path = Path("federation")
 

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 from colledge import __version__
 from colledge.errors import ColledgeError, ConfigError
-from colledge.launch.terminal import print_anything
+from colledge.launch.terminal import replace_unprintable
 from colledge.settings import LossOn
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ def train(
     )
     for note in inputs.notes:
         console.print(note, highlight=False, markup=False)
+    run.check_weights(inputs, console)
     if plan_file is None and run.read_profiles(inputs) is None and not (dry_run or print_commands):
         run.profile(inputs, console)
     chosen = run.choose_plan(inputs, plan_file, console)
@@ -288,7 +289,10 @@ def export(
     """Write what a run trained, at its end or up to its last checkpoint, as a folder for transformers or PEFT."""
     from colledge.launch.exporting import export as write
 
-    typer.echo(f"wrote {target} from {write(output, target, merge)}")
+    trained = write(output, target, merge)
+    for fault in trained.passed_over:
+        typer.echo(f"passed over a damaged checkpoint: {fault}")
+    typer.echo(f"wrote {target} from {trained.found}")
 
 
 @app.command()
@@ -308,7 +312,9 @@ def generate(
     if not on_pool:
         typer.echo(generating.generate(folder, prompt, max_new_tokens, chat))
         return
-    job = generating.pool_job(folder, prompt, max_new_tokens, chat)
+    job, passed_over = generating.pool_job(folder, prompt, max_new_tokens, chat)
+    for fault in passed_over:
+        typer.echo(f"passed over a damaged checkpoint: {fault}", err=True)
     Supervisor(job).run()
     typer.echo(generating.read_generated(job))
 
@@ -525,7 +531,7 @@ def federate_status(
 
 def main() -> None:
     """Run the command line; print a fault as one line and exit with its code."""
-    print_anything()
+    replace_unprintable()
     try:
         code = app(standalone_mode=False)
     except TyperException as fault:  # a command line that cannot be read

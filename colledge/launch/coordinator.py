@@ -26,7 +26,7 @@ from colledge.launch.generating import generate_job
 from colledge.launch.inputs import open_model
 from colledge.launch.job import Failure, Job, OutputFolder
 from colledge.launch.stop import StopRequest
-from colledge.launch.terminal import print_anything
+from colledge.launch.terminal import replace_unprintable
 from colledge.launch.training import Training
 from colledge.models import HuggingFaceCausalLM
 from colledge.parallel import Message, World
@@ -94,10 +94,10 @@ def _shut_down(world: World) -> None:
 
 def main() -> None:
     """Run the job in the folder that the command line names; leave error.json where it fails."""
-    print_anything()
     output = Path(sys.argv[1])
     folder = OutputFolder(output)
     stop = StopRequest()
+    replace_unprintable()
     torch.set_num_threads(1)
     try:
         with folder.locked():

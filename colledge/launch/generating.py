@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from colledge.data import Batch, load_tokenizer
-from colledge.errors import ConfigError, ModelError
+from colledge.errors import ColledgeError, ConfigError, ModelError
 from colledge.launch.engine_settings import engine_settings
 from colledge.launch.exporting import find_trained
+from colledge.launch.inputs import find_model
 from colledge.launch.job import Generation, Job, OutputFolder
 from colledge.launch.stop import StopRequest
-from colledge.models import HuggingFaceCausalLM
+from colledge.models import HuggingFaceCausalLM, ModelWeights, SafetensorsDirectory
 from colledge.parallel import Engine, World
 from colledge.plan import Plan, read_plan
 from colledge.planner.caching import CachePlan
@@ -82,29 +83,65 @@ def _find(folder: Path) -> Path:
 
 
 def _load(folder: Path) -> Any:
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
+    """Return a whole model, or one with its adapter; every weight of both is on disk."""
     adapter = (folder / "adapter_config.json").is_file()
     try:
-        if adapter:
-            return AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as fault:
-        line = " ".join(str(fault).split())[:300]
+        return (_load_adapter(folder) if adapter else _load_model(folder)).eval()
+    except ColledgeError:
+        raise
+    except Exception as fault:  # the libraries raise whatever a malformed file makes of them
+        line = " ".join(str(fault).split())[:300] or type(fault).__name__
         raise ModelError(f"{folder} cannot be loaded ({line}).", fix="export or train it again.") from None
+
+
+def _load_model(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    ModelWeights(folder, skeleton).check_values()  # for from_pretrained draws at random what it does not find
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
+def _load_adapter(folder: Path) -> Any:
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if not config.base_model_name_or_path:
+        raise ModelError(
+            f"{folder}/adapter_config.json: names no base_model_name_or_path.",
+            fix="write there the folder or hub id of the model that it was trained from.",
+        )
+    stored = SafetensorsDirectory(folder, "adapter_model")
+    model = get_peft_model(_load_model(find_model(config.base_model_name_or_path)), config)
+    missing = [name for name in get_peft_model_state_dict(model) if name not in stored]
+    result: Any = set_peft_model_state_dict(model, dict(stored))
+    for what, names in (
+        ("holds no", missing),
+        ("holds what the adapter has no place for:", result.unexpected_keys),
+    ):
+        if names:
+            raise ModelError(
+                f"{folder}: {what} {', '.join(names[:3])}.",
+                fix="use the folder as the run wrote it, or train again.",
+            )
+    return model
 
 
 # -- on the pool ---------------------------------------------------------------------------------------------------
 
 
-def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> Job:
-    """Return the job that generates over the devices that a run trained on, under its plan.
+def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> tuple[Job, tuple[str, ...]]:
+    """Return the job that generates over the devices that a run trained on, under its plan, and what was passed over.
 
     Raises:
         ConfigError: The folder is of no run that trained, or the tokenizer has no chat template.
     """
-    trained = find_trained(output).job
+    found = find_trained(output)
+    trained = found.job
     _ids(load_tokenizer(trained.model), prompt, chat, trained.model)
     asked = Generation(trained=output.resolve(), prompt=prompt, max_new_tokens=max_new_tokens, chat=chat)
     folder = OutputFolder(OutputFolder(output.resolve()).generation)
@@ -114,7 +151,7 @@ def pool_job(output: Path, prompt: str, max_new_tokens: int, chat: bool) -> Job:
     write_atomically(folder.plan, one.to_json())
     run = trained.run.model_copy(update={"backend": "native", "deepspeed": None})
     changes = {"kind": "generate", "run": run, "output": folder.path, "resume": None, "generation": asked}
-    return trained.model_copy(update={**changes, "devices": plan.devices})
+    return trained.model_copy(update={**changes, "devices": plan.devices}), found.passed_over
 
 
 def _whole_plan(trained: OutputFolder) -> Plan:

@@ -27,7 +27,8 @@ from colledge.data import (
 )
 from colledge.data.text.rows import Indices
 from colledge.data.text.store import Say
-from colledge.errors import DataError, ModelError
+from colledge.errors import ConfigError, DataError, ModelError
+from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import RunConfig
 from colledge.models import HuggingFaceCausalLM
 
@@ -81,6 +82,27 @@ def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFa
     return HuggingFaceCausalLM.from_directory(
         folder, run.adapters, run.mixed_precision, run.frozen_precision, probe=probe
     )
+
+
+def check_output(run: RunConfig, model_folder: Path) -> None:
+    """Check that a run's output takes the place of nothing that the run reads.
+
+    Raises:
+        ConfigError: What is written would replace the model or the data.
+    """
+    output, model = OutputFolder(run.output.resolve()), model_folder.resolve()
+    fix = "set another output in run.yaml."
+    if model == output.path:
+        raise ConfigError(f"output {run.output} is the model's own folder.", fix=fix)
+    replaced = (output.model, output.adapter, output.metrics, output.tensorboard)
+    read = [("model", model), *(("data.train", path) for path in run.data.train)]
+    read += [("data.validation", path) for path in run.data.validation or ()]
+    for name, path in read:
+        for written in replaced:
+            if written in (path.resolve(), *path.resolve().parents):
+                raise ConfigError(
+                    f"{name} is {path}, and what is trained goes to {written}, over it.", fix=fix
+                )
 
 
 @dataclass(frozen=True)

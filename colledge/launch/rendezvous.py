@@ -11,7 +11,6 @@ each other at their exit; here they are ended.
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import signal
 import socket
@@ -20,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from types import FrameType
@@ -27,10 +27,9 @@ from typing import Protocol
 
 import psutil
 
-from colledge.errors import ColledgeError, DeviceError, LaunchError
-from colledge.launch.addresses import address_family, check_coordinator, reachable_address
+from colledge.errors import ColledgeError, ConfigError, DeviceError, LaunchError
 from colledge.launch.job import Failure, Launch, OutputFolder
-from colledge.launch.run_config import PoolConfig
+from colledge.launch.run_config import DeviceConfig, PoolConfig
 from colledge.parallel.checkpoint import find_checkpoint
 from colledge.records import read_json, write_atomically
 
@@ -39,13 +38,12 @@ _ENDED_AT_ONCE = {  # kinds of job that save nothing on the way; what is left, a
     "simulate": ("a simulation keeps no state", "simulate again."),
 }
 LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is gone stops as if asked to
-# What torchrun takes its options' defaults from, and what an outer torchrun tells its own processes.
-_OF_TORCHRUN = ("PET_", "TORCHELASTIC_")
-_OF_ANOTHER_RUN = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|PYTHON_EXEC"
-)
-_WITHOUT_PET = "env $(env | sed -n 's/^\\(PET_[A-Za-z_]*\\)=.*/-u \\1/p')"  # for shells of other machines
 _BY_HAND = {"simulate": "colledge federate simulate", "node": "colledge federate join"}  # or serve
+_OF_OTHER_LAUNCHERS = frozenset(
+    {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"}
+    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
+)
+_ANYWHERE = ("0.0.0.0", "::")  # where one may listen and nobody can call
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
 _EXIT_GRACE_S = 15.0  # for torchrun's agents to end after the coordinator did
@@ -62,18 +60,9 @@ class Agent:
     command: tuple[str, ...]
 
     def line(self) -> str:
-        """Return the command as a line for a shell, whatever PET_ variables that has."""
+        """Return the command as a line for a shell."""
         variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([_WITHOUT_PET, *variables, shlex.join(self.command)])
-
-    def surroundings(self) -> dict[str, str]:
-        """Return the variables to start it with here: ours, without what would change what torchrun does."""
-        kept = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(_OF_TORCHRUN) and not _OF_ANOTHER_RUN.fullmatch(key)
-        }
-        return {**kept, **self.environment, LAUNCHER_VARIABLE: str(os.getpid())}
+        return " ".join([*variables, shlex.join(self.command)])
 
 
 def choose_port(pool: PoolConfig) -> int:
@@ -83,7 +72,8 @@ def choose_port(pool: PoolConfig) -> int:
         LaunchError: The pool's port is taken, or its address is none of this machine's.
     """
     address, port = pool.coordinator.address, pool.coordinator.port
-    with socket.socket(address_family(address), socket.SOCK_STREAM) as probe:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port or 0))
@@ -97,23 +87,49 @@ def choose_port(pool: PoolConfig) -> int:
 
 
 def plan_agents(job: Launch, port: int) -> list[Agent]:
-    """Return the agents of a job: the coordinator, then the devices by rank.
-
-    Raises:
-        ConfigError: A device on another machine could not reach the coordinator, or its address is not known.
-    """
+    """Return the agents of a job: the coordinator, then the devices by rank."""
     address = job.pool.coordinator.address
+    if address in _ANYWHERE:
+        raise ConfigError(
+            f"coordinator.address is {address}, which no device can call.",
+            fix="set coordinator.address in pool.yaml to this machine's address in the devices' network.",
+        )
+    remote = [device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices]
+    if remote and (address.startswith("127.") or address in ("localhost", "::1")):
+        raise ConfigError(
+            f"device {remote[0]!r} is on another machine and cannot reach the coordinator at {address}.",
+            fix="set coordinator.address in pool.yaml to this machine's address in their network.",
+        )
     devices = {device.id: device for device in job.pool.devices}
-    hosts = {id: devices[id].address for id in job.devices}
-    there = {id: reachable_address(host, id) for id, host in hosts.items() if host is not None}
-    for id, theirs in there.items():
-        check_coordinator(address, id, theirs)
     agents = [_agent("coordinator", "local", address, address, port, 0, job, 1)]
     for rank, id in enumerate(job.devices, start=1):
         device = devices[id]
-        own = there.get(id, address)
+        own = address if device.host == "local" else _address_of(device)
         agents.append(_agent(id, device.host, own, address, port, rank, job, device.threads))
     return agents
+
+
+def _address_of(device: DeviceConfig) -> str:
+    """Return the address at which another machine is: of its host without the user, whose name is for ssh.
+
+    Raises:
+        ConfigError: The host is this machine, or no name that is known here.
+    """
+    host = device.host.rpartition("@")[2]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
+    except (OSError, UnicodeError):
+        raise ConfigError(
+            f"device {device.id!r}: host {device.host!r} is no address, and no name that is known here.",
+            fix="give the machine's address in pool.yaml.",
+        ) from None
+    address = str(found).partition("%")[0]
+    if address in _ANYWHERE or ip_address(address).is_loopback:
+        raise ConfigError(
+            f"device {device.id!r}: host {device.host!r} is this machine.",
+            fix="write host: local, or leave it out.",
+        )
+    return address
 
 
 def _agent(
@@ -239,7 +255,7 @@ class Supervisor:
                 self._processes.append(
                     Popen(
                         agent.command,
-                        env=agent.surroundings(),
+                        env={**_inherited(), **agent.environment, LAUNCHER_VARIABLE: str(os.getpid())},
                         stdin=DEVNULL,
                         stdout=output,
                         stderr=STDOUT,
@@ -329,6 +345,15 @@ class Supervisor:
             except psutil.NoSuchProcess:
                 continue
             self._known |= {process.pid: process for process in found}
+
+
+def _inherited() -> dict[str, str]:
+    """Return this process's environment without what other launchers left in it, which torchrun would obey."""
+    return {
+        key: value
+        for key, value in os.environ.items()
+        if key not in _OF_OTHER_LAUNCHERS and not key.startswith(("PET_", "TORCHELASTIC_"))
+    }
 
 
 def _children(pid: int) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from rich.console import Console
 from colledge.data.text.store import Say
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import caching, modelling, planning
-from colledge.launch.inputs import RunData, find_model, load_data, open_model
+from colledge.launch.inputs import RunData, check_output, find_model, load_data, open_model
 from colledge.launch.job import Job, Outcome, OutputFolder
 from colledge.launch.planning import PlanningInputs
 from colledge.launch.progress import ProfilingProgress, TrainingProgress
@@ -29,7 +29,8 @@ from colledge.launch.run_config import (
     read_deepspeed,
     zero_stage,
 )
-from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
+from colledge.models import HuggingFaceCausalLM, ModelWeights
+from colledge.models.weights import has_weights
 from colledge.parallel.backends import check_backend_plan, check_installed
 from colledge.parallel.backends.zero_config import check_config, complete_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
@@ -47,7 +48,9 @@ from colledge.report.tables import comparison_table
 from colledge.report.trackers import check_tracker
 from colledge.schedule import simulate
 from colledge.settings import Emulation
-from colledge.units import format_seconds
+from colledge.units import format_bytes, format_seconds
+
+_MANY_BYTES = 2 * 1024**3  # of weights, whose reading may take a while
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def read_inputs(
     Args:
         path: run.yaml.
         overrides: `key=value` changes.
-        with_data: Whether the data and the weights are looked at; profiling needs neither.
+        with_data: Whether the data and the weights must be there; profiling needs neither.
         say: Told now and then how far reading the data is.
 
     Raises:
@@ -92,17 +95,31 @@ def read_inputs(
     model = open_model(run, folder)
     if run.activation_cache is not None:
         prefix_layers(model.first_trained, model.layer_names)
+    check_output(run, folder)
     notes: tuple[str, ...] = ()
     num_rows = (0, 0)
+    if with_data or has_weights(folder):
+        notes = ModelWeights(folder, model.skeleton()).notes()
     if with_data:
         check_tracker(run.report_to)
         check_backend(run, pool)
-        SafetensorsDirectory(folder)
         data = load_data(run, folder, say)
         check_data(data, model)
-        notes, num_rows = data.notes(), data.num_rows
+        notes, num_rows = (*notes, *data.notes()), data.num_rows
     with OutputFolder(run.output).locked():
         return Inputs(run, pool, folder, model, notes, num_rows)
+
+
+def check_weights(inputs: Inputs, console: Console) -> None:
+    """Read every weight once; say so where that takes a while.
+
+    Raises:
+        ModelError: A file is damaged, or a weight holds a number that is none.
+    """
+    weights = ModelWeights(inputs.model_folder, inputs.model.skeleton())
+    if weights.num_bytes > _MANY_BYTES:
+        console.print(f"reading {format_bytes(weights.num_bytes)} of weights, to check them", highlight=False)
+    weights.check_values()
 
 
 def check_backend(run: RunConfig, pool: PoolConfig) -> None:
@@ -115,7 +132,7 @@ def check_backend(run: RunConfig, pool: PoolConfig) -> None:
         return
     check_installed(run.backend)
     if run.deepspeed is not None:
-        check_config(read_deepspeed(run.deepspeed), run.optimizer, run.batch.global_size, run.steps)
+        check_config(read_deepspeed(run.deepspeed), run.optimizer, run.batch.global_size)
     for device in pool.devices:
         if device.accelerator != "cpu" or device.emulate != Emulation():
             what = "emulates a slower one" if device.accelerator == "cpu" else f"is {device.accelerator}"

@@ -6,15 +6,13 @@ Keys are those of the files; attributes carry their units (`memory: 4 GB` is `me
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from colledge.errors import ConfigError
-from colledge.launch.addresses import check_address
 from colledge.launch.config_file import PathKeys, read_config
 from colledge.profiles import (
     DeviceProfile,
@@ -37,7 +35,6 @@ from colledge.settings import (
     Objective,
     OptimizerSettings,
     Precision,
-    Seed,
     WirePrecision,
     ZeroStage,
 )
@@ -122,7 +119,7 @@ class RunConfig(Record):
     mixed_precision: NarrowPrecision | None = None
     frozen_precision: NarrowPrecision | None = None
     wire_precision: WirePrecision | None = None
-    seed: Seed = 0
+    seed: int = Field(default=0, ge=0, lt=2**63, strict=True)
     pool: Path
     objective: Objective = "energy"
     accounting: Accounting = "whole-pool"
@@ -214,7 +211,7 @@ class RunConfig(Record):
 class CoordinatorConfig(Record):
     """Where the coordinator listens; without a port it takes a free one."""
 
-    address: Annotated[str, AfterValidator(check_address)] = "127.0.0.1"
+    address: str = Field(default="127.0.0.1", min_length=1)
     port: int | None = Field(default=None, ge=1, le=65535, strict=True)
 
 
@@ -232,24 +229,15 @@ _PLACEHOLDER_CPU = PowerMode(name="default", idle_w=5, compute_w=20, communicate
 _PLACEHOLDER_GPU = PowerMode(name="default", idle_w=40, compute_w=250, communicate_w=70, source="modelled")
 
 
-def _checked_host(text: str) -> str:
-    user, at, address = text.rpartition("@")
-    if at and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", user):
-        raise ValueError(f"wanted user@address, where {user!r} is no user")
-    check_address(address)
-    return text
-
-
 class DeviceConfig(Record):
     """One device of the pool.
 
-    `host` is local or the device's address, as user@address where ssh needs a user. `threads` is for the CPU (all of
-    them by default); without `memory` the device measures what is free. A device with `catalog` is an entry of the
-    catalog, to plan with and not to train on; `mode` is its power mode.
+    `threads` is for the CPU (all of them by default); without `memory` the device measures what is free. A device
+    with `catalog` is an entry of the catalog, to plan with and not to train on; `mode` is its power mode.
     """
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    host: Annotated[str, AfterValidator(_checked_host)] = "local"
+    host: str = Field(default="local", min_length=1)
     accelerator: str = Field(default="cpu", pattern=r"^(cpu|cuda:[0-9]+)$")
     threads: int | None = Field(default=None, ge=1, strict=True)
     memory_bytes: Bytes | None = Field(default=None, alias="memory", gt=0)
@@ -270,11 +258,6 @@ class DeviceConfig(Record):
                     f"a device with catalog takes id, catalog, mode and memory; {name} is for a real one"
                 )
         return self
-
-    @property
-    def address(self) -> str | None:
-        """The address or name of its host; None on this machine."""
-        return None if self.host == "local" else self.host.rpartition("@")[2]
 
     def catalog_profile(self) -> DeviceProfile:
         """Return the catalog's figures for this device.
@@ -432,7 +415,7 @@ def read_deepspeed(settings: DeepSpeedSettings) -> dict[str, JsonValue]:
         return {"zero_optimization": {"stage": settings.zero_stage}}
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as fault:
+    except (OSError, ValueError) as fault:
         raise ConfigError(
             f"{path}: cannot be read as JSON ({fault}).", fix="mend deepspeed.config."
         ) from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from colledge.models import WeightWriter
+from colledge.models import ModelWeights, WeightWriter
 from colledge.models.lora import peft_config, peft_name, targets_of, with_names
 from colledge.records import write_atomically
 from colledge.settings import LoraSettings
@@ -19,22 +19,30 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack")
 _OF_THE_MODEL = ("config.json", "generation_config.json")
 
 
-def write_model(layers: Iterable[Mapping[str, Tensor]], source: Path, target: Path) -> None:
-    """Write a Hugging Face folder: the source's configuration and tokenizer, new weights.
+def write_model(layers: Iterable[Mapping[str, Tensor]], source: ModelWeights, target: Path) -> None:
+    """Write a Hugging Face folder: the source's configuration and tokenizer, new weights under its names on disk.
 
     Args:
         layers: The weights of one layer after another, by parameter name.
-        source: The folder of the model that was trained.
+        source: The model that was trained.
         target: Where the new one goes.
     """
     with _written_beside(target) as folder:
-        _copy_texts(source, folder)
+        _copy_texts(source.directory, folder)
         writer = WeightWriter(folder)
+        written: set[str] = set()
         for tensors in layers:
-            writer.add(tensors)
+            writer.add(source.on_disk(tensors))
+            written |= tensors.keys()
+        for tensors in source.rest(written):  # of parts that no layer has
+            writer.add(source.on_disk(tensors))
         writer.finish()
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config["dtype"] = str(writer.dtype).removeprefix("torch.")
+        if not source.ties:  # config.json may say so where the files hold two values
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict):
+                    part["tie_word_embeddings"] = False
         write_atomically(folder / "config.json", json.dumps(config, indent=2))
 
 

@@ -1,4 +1,4 @@
-"""What the commands print to, which may be no UTF-8."""
+"""What a process prints, on any terminal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import io
 import sys
 
 
-def print_anything() -> None:
-    """Have what standard output and error cannot encode replaced, so that no command dies of its own words."""
+def replace_unprintable() -> None:
+    """Have what the terminal's encoding cannot write replaced: no command dies of its own output."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

@@ -22,7 +22,7 @@ from colledge.launch.learning_rate import learning_rates
 from colledge.launch.saved_model import write_adapter, write_model
 from colledge.launch.step_metrics import device_figures, power_modes, step_metrics
 from colledge.launch.stop import StopRequest
-from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory
+from colledge.models import HuggingFaceCausalLM, ModelWeights
 from colledge.models.lora import StartingValues
 from colledge.parallel import Engine, StepRecord, World
 from colledge.parallel.caching import ActivationCaches
@@ -59,7 +59,8 @@ class Training:
         self._data = load_data(job.run, job.model, partial(print, flush=True))
         self._modes = power_modes(job, self._plan, self._pool)
         self._model, self._ranks, self._wire = model, ranks, world.wire
-        self._weights = StartingValues(SafetensorsDirectory(job.model), model.adapter_shapes, job.run.seed)
+        self._source = ModelWeights(job.model, model.skeleton())
+        self._weights = StartingValues(self._source, model.adapter_shapes, job.run.seed)
         self._caches = None if job.run.activation_cache is None else self._find_caches()
         self._engine: Engine
         self._rates = learning_rates(job.run.optimizer, job.run.steps)
@@ -213,7 +214,7 @@ class Training:
         """Save what was trained; return where."""
         run, adapters = self._job.run, self._job.run.adapters
         if adapters is None:
-            write_model(self._engine.layers(), self._job.model, self._folder.model)
+            write_model(self._engine.layers(), self._source, self._folder.model)
             return self._folder.model
         layers = self._engine.layers(trained_only=True)
         write_adapter(layers, adapters, run.model, self._job.model, self._folder.adapter)

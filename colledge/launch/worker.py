@@ -11,14 +11,14 @@ import sys
 
 from colledge.errors import ColledgeError
 from colledge.launch.profiling import HANDLERS
-from colledge.launch.terminal import print_anything
+from colledge.launch.terminal import replace_unprintable
 from colledge.parallel import DeviceWorker
 from colledge.parallel.world import join_world, timeout_from_environment
 
 
 def main() -> None:
     """Serve until the coordinator says shutdown; on a fault report it, print one line and end at once."""
-    print_anything()
+    replace_unprintable()
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole terminal; the coordinator ends the run

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import gc
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
 
-from colledge.measure.cgroups import cgroup_rooms
+_CGROUPS = Path("/sys/fs/cgroup")
+# Of both versions: the limit, what is used, and the name of what of it can be given back, in memory.stat.
+_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def resident_bytes() -> int:
@@ -55,8 +62,43 @@ def usable_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.zeros((), device=device)  # makes the context, which is not ours to use
         return int(torch.cuda.mem_get_info(device)[0])
-    held = resident_bytes()
-    usable = int(psutil.virtual_memory().available) + held
-    for room in cgroup_rooms():  # a container, a unit or a job may have less than its machine
-        usable = min(usable, room.limit_bytes, room.left_bytes + held)
-    return usable
+    usable = int(psutil.virtual_memory().available) + resident_bytes()
+    membership = Path("/proc/self/cgroup")
+    groups = cgroup_limits(membership.read_text(encoding="utf-8"), _CGROUPS) if membership.is_file() else []
+    return min([usable, *(min(limit, left + resident_bytes()) for limit, left in groups)])
+
+
+def cgroup_limits(membership: str, root: Path) -> list[tuple[int, int]]:
+    """Return the limits on memory of a process's control groups, and the bytes that each leaves beside what is used.
+
+    A container, a systemd unit with MemoryMax or a batch system's job may have less than the machine, and every group
+    above it too. What the kernel can give back (files that are not in use) does not count as used.
+
+    Args:
+        membership: `/proc/self/cgroup`: lines of hierarchy:controllers:path.
+        root: Where control groups are mounted.
+    """
+    found = []
+    for line in membership.splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        version = "memory" if "memory" in controllers.split(",") else controllers
+        if version not in _FILES:
+            continue
+        top = root / version
+        group = top / path.lstrip("/")
+        for place in (group, *group.parents):
+            found += _limit(place, *_FILES[version])
+            if place == top:
+                break
+    return found
+
+
+def _limit(group: Path, limit: str, usage: str, idle: str) -> list[tuple[int, int]]:
+    try:
+        most, used = int((group / limit).read_text()), int((group / usage).read_text())
+    except (OSError, ValueError):  # no such file, or `max`
+        return []
+    with suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used -= min(used, int(stat.get(idle, 0)))
+    return [(most, max(0, most - used))]

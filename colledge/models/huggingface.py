@@ -21,7 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from colledge.errors import ModelError
+from colledge.models.conversion import stores_two_values
 from colledge.models.float64 import keep_float64
+from colledge.models.folder import check_folder
 from colledge.models.layered import ModelSpec, StageModule
 from colledge.models.lora import attach_adapters, cut_adapters, is_adapter, plain_name
 from colledge.models.precision import HELD, hold_frozen
@@ -115,19 +117,24 @@ class HuggingFaceCausalLM:
         Raises:
             ModelError: There is no config.json, it cannot be cut, or a small copy of it in parts is not the whole.
         """
-        if not (directory / "config.json").is_file():
-            raise ModelError(
-                f"{directory}: no config.json there.", fix="give a directory that save_pretrained wrote."
-            )
+        check_folder(directory)
         try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, *_BAD_CONFIGURATION) as fault:
             line = " ".join(str(fault).split())
             raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
         model = cls(config.to_dict())
+        if model.tied and stores_two_values(directory, model.skeleton(), model.tied):
+            for part in (config, config.get_text_config()):
+                part.tie_word_embeddings = False
+            model = cls(config.to_dict())
         if probe:
             check_parts(model)
         return cls(config.to_dict(), lora, mixed_precision, frozen_precision)
+
+    def skeleton(self) -> nn.Module:
+        """Return the library's whole model on the meta device, without adapters."""
+        return self._skeleton()
 
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):

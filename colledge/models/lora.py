@@ -241,6 +241,10 @@ class StartingValues(Mapping[str, Tensor]):
             values.uniform_(-bound, bound, generator=generator_of(self._seed, name))
         return values
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is such a parameter, without reading it."""
+        return name in self._shapes or name in self._weights
+
     def __iter__(self) -> Iterator[str]:
         """Yield the names of all parameters."""
         yield from self._weights

@@ -16,7 +16,7 @@ from colledge.launch.run import check_backend
 from colledge.launch.run_config import PoolConfig, load_run
 from colledge.parallel import Engine, EngineSettings
 from colledge.parallel.backends import check_backend_plan, check_installed
-from colledge.parallel.backends.zero_config import check_config, complete_config
+from colledge.parallel.backends.zero_config import complete_config
 from colledge.parallel.wire import Wire
 from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
@@ -177,53 +177,21 @@ def test_a_given_configuration_is_completed() -> None:
     assert without["gradient_clipping"] == 0.0  # DeepSpeed's own default is 1.0
 
 
-AUTO: dict[str, Any] = {  # the sections of transformers' and accelerate's examples
-    "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
-    "bf16": {"enabled": "auto"},
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
-    },
-    "scheduler": {
-        "type": "WarmupLR",
-        "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
-    },
-    "zero_optimization": {
-        "stage": 3,
-        "offload_optimizer": {"device": "none", "pin_memory": True},
-        "offload_param": {"device": "auto"},
-        "reduce_bucket_size": "auto",
-        "stage3_param_persistence_threshold": "auto",
-    },
-    "gradient_clipping": "auto",
-    "train_batch_size": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "wall_clock_breakdown": False,
-}
-
-
 def test_auto_never_contradicts_and_deepspeed_never_sees_it() -> None:
-    config = _complete(**AUTO)
-    assert "auto" not in repr(config)
-    assert config["zero_optimization"]["stage"] == 3
-    assert not {"optimizer", "scheduler", "fp16", "bf16"} & config.keys()
-    for section in ("optimizer", "scheduler"):  # a whole section may be left to run.yaml
-        _complete(**{**AUTO, section: "auto"})
-
-
-def test_an_optimizer_that_says_what_the_run_says_is_taken() -> None:
-    same = {
-        "lr": SETTINGS.learning_rate,
-        "betas": list(SETTINGS.betas),
-        "weight_decay": SETTINGS.weight_decay,
-    }
-    _complete(optimizer={"type": "AdamW", "params": same})
-    decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 40, "warmup_num_steps": 0}}
-    linear = OptimizerSettings(schedule="linear")
-    check_config({"zero_optimization": {"stage": 2}, "scheduler": decay}, linear, 8, steps=40)
-    with pytest.raises(ConfigError, match="total_num_steps is 40, wanted 41"):
-        check_config({"zero_optimization": {"stage": 2}, "scheduler": decay}, linear, 8, steps=41)
+    config = _complete(
+        optimizer={
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        scheduler={"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_num_steps": "auto"}},
+        fp16={"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        bf16={"enabled": "auto"},
+        train_batch_size="auto",
+        train_micro_batch_size_per_gpu="auto",
+        zero_optimization={"stage": 3, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "none"}},
+    )
+    assert "auto" not in str(config)
+    assert config["zero_optimization"] == {"stage": 3, "offload_optimizer": {"device": "none"}}
 
 
 @pytest.mark.parametrize(
@@ -233,14 +201,10 @@ def test_an_optimizer_that_says_what_the_run_says_is_taken() -> None:
         ({"train_micro_batch_size_per_gpu": 4}, "wanted 2 of a replica"),
         ({"gradient_accumulation_steps": 1}, "wanted 2 of the plan"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, wanted 0.5"),
-        ({"bf16": {"enabled": True}}, "enables 'bf16', which run.yaml says by precision"),
-        ({"bfloat16": {"enabled": True}}, "enables 'bfloat16'"),
-        ({"optimizer": {"type": "Lamb"}}, "optimizer.type is 'Lamb'"),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 7.0}}}, "optimizer.params.lr is 7.0"),
-        ({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}}, "optimizer.params.amsgrad is True"),
-        ({"optimizer": "adamw"}, "optimizer is 'adamw', wanted an object"),
-        ({"scheduler": {"type": "OneCycle"}}, "scheduler.type is 'OneCycle'"),
-        ({"scheduler": {"params": {"warmup_num_steps": 99}}}, "scheduler.params.warmup_num_steps is 99"),
+        ({"bf16": {"enabled": True}}, "'bf16', which run.yaml says by precision"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer.type is 'Adam', wanted adamw"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, r"optimizer.params.lr is 3e-05, wanted"),
+        ({"scheduler": {"type": "WarmupDecayLR"}}, "scheduler.type is 'WarmupDecayLR', wanted .* constant"),
         ({"zero_optimization": {"stage": 0}}, "stage is 0, wanted 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
     ],

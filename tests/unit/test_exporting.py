@@ -15,7 +15,7 @@ from colledge.launch.exporting import export
 from colledge.launch.job import Job, OutputFolder
 from colledge.launch.run_config import load_pool
 from colledge.launch.saved_model import write_adapter, write_model
-from colledge.models import HuggingFaceCausalLM, SafetensorsDirectory, WeightWriter
+from colledge.models import HuggingFaceCausalLM, ModelWeights, SafetensorsDirectory, WeightWriter
 from colledge.models.lora import peft_name
 
 CONFIGS = {
@@ -121,7 +121,8 @@ def test_a_whole_model_is_exported_and_has_nothing_to_merge(tmp_path: Path) -> N
     model = base("llama", tmp_path / "base")
     job(tmp_path, model)
     trained = SafetensorsDirectory(model)
-    write_model([{name: trained[name] * 2 for name in trained}], model, tmp_path / "out" / "model")
+    source = ModelWeights(model, HuggingFaceCausalLM.from_directory(model, probe=False).skeleton())
+    write_model([{name: trained[name] * 2 for name in trained}], source, tmp_path / "out" / "model")
     export(tmp_path / "out", tmp_path / "copy", merge=False)
     config = AutoConfig.from_pretrained(tmp_path / "copy")
     assert isinstance(config, PretrainedConfig)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import os
 import pickle
-import shutil
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -425,6 +424,24 @@ def test_a_damaged_npz(tmp_path: Path) -> None:
     assert not (tmp_path / "mark").exists()
 
 
+def test_pictures_that_would_not_be_read_are_named(tmp_path: Path) -> None:
+    write_pngs(tmp_path, {"train": made(20, (3, 4, 4), 0)})
+    wanted = len(read_images(tmp_path, "train").labels)
+    folder = tmp_path / "train" / "class-3"
+    pictures = sorted(folder.iterdir())
+    pictures[0].rename(pictures[0].with_suffix(".PNG"))
+    for left in (folder / ".DS_Store", folder / "._0001.png", folder / "Thumbs.db"):
+        left.write_bytes(b"x")
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    images = read_images(tmp_path, "train")
+    assert (len(images.labels), len(images.class_names or ())) == (wanted, 10)
+    pictures[0].with_suffix(".PNG").rename(pictures[0].with_suffix(".jpg"))
+    assert "class-3: 1 file(s) or folder(s) there are no .png and are not read (1 .jpg)" in fault_of(tmp_path)
+    for path in folder.glob("*.*"):
+        path.unlink()
+    assert "class-3: holds no picture" in fault_of(tmp_path)
+
+
 def test_damaged_pngs(tmp_path: Path) -> None:
     image_module = pytest.importorskip("PIL.Image", reason="needs Pillow")
     write_pngs(tmp_path, {"train": made(20, (3, 4, 4), 0)})
@@ -442,53 +459,3 @@ def test_damaged_pngs(tmp_path: Path) -> None:
     for content in (b"", b"not an image", whole[:20], whole[: len(whole) // 2]):
         first.write_bytes(content)
         assert "0000.png: cannot be read (" in fault_of(tmp_path)
-
-
-def test_what_is_hidden_is_no_data_and_suffixes_compare_without_case(tmp_path: Path) -> None:
-    pytest.importorskip("PIL", reason="needs Pillow")
-    write_pngs(tmp_path, {"train": made(20, (1, 4, 4), 0)})
-    train = tmp_path / "train"
-    for path in sorted(train.glob("*/*.png"))[::2]:
-        path.rename(path.with_suffix(".PNG"))
-    for hidden in (
-        ".ipynb_checkpoints/1.png",
-        "class-1/.ipynb_checkpoints/1.jpg",
-        "class-1/._2.png",
-        ".DS_Store",
-    ):
-        (train / hidden).parent.mkdir(exist_ok=True)
-        (train / hidden).write_bytes(b"no picture")
-    (train / "class-1" / "notes.txt").write_text("not a picture either")
-    images = read_images(tmp_path, "train")
-    assert len(images.labels) == 20
-    assert images.class_names == tuple(f"class-{label}" for label in range(10))
-
-
-def test_pictures_that_are_not_read_are_counted_by_class(tmp_path: Path) -> None:
-    pytest.importorskip("PIL", reason="needs Pillow")
-    write_pngs(tmp_path, {"train": made(20, (1, 4, 4), 0), "test": made(20, (1, 4, 4), 1)})
-    train = tmp_path / "train"
-    one, *_ = (train / "class-3").glob("*.png")
-    one.rename(one.with_suffix(".JPG"))
-    (train / "class-5" / "more").mkdir()
-    for path in (train / "class-5").glob("*.png"):
-        path.rename(path.parent / "more" / path.name)
-    (train / "loose.webp").write_bytes(b"")
-    line = fault_of(tmp_path)
-    assert (
-        "train: pictures that are not read: 1 of no class, 1 of class-3 (.JPG), 2 of class-5 (.png)." in line
-    )
-    for folder in (train / "class-3", train / "class-5"):
-        shutil.rmtree(folder)
-    (train / "loose.webp").unlink()
-    (train / "class-4" / "empty").mkdir()
-    (train / "class-6b").mkdir()
-    assert "class-6b: holds no .png." in fault_of(tmp_path)
-    (train / "class-6b").rmdir()
-    assert len(read_images(tmp_path, "train").labels) == 16
-
-
-def test_a_folder_of_jpegs_alone_says_so(tmp_path: Path) -> None:
-    (tmp_path / "train" / "cat").mkdir(parents=True)
-    (tmp_path / "train" / "cat" / "1.jpeg").write_bytes(b"")
-    assert "1 of cat (.jpeg)" in fault_of(tmp_path)

@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
-from collections.abc import Mapping
 from functools import partial
 from itertools import chain, cycle
-from pathlib import Path
 
 import psutil
 import pytest
@@ -18,7 +13,6 @@ from colledge.launch.profiling import noise_warnings, sample_counts, shard_parts
 from colledge.measure import (
     Effort,
     Workload,
-    cgroups,
     count_layer,
     count_model,
     fit_link,
@@ -28,7 +22,6 @@ from colledge.measure import (
     time_layer,
     usable_bytes,
 )
-from colledge.measure.cgroups import cgroup_rooms
 from colledge.models import HuggingFaceCausalLM
 from colledge.parallel.clock import Clock
 from colledge.parallel.setup import build_optimizer
@@ -329,95 +322,3 @@ def test_memory_is_between_this_process_and_the_machine() -> None:
     cpu = torch.device("cpu")
     assert 50e6 < runtime_bytes(cpu) <= resident_bytes() + 1e6
     assert runtime_bytes(cpu) < usable_bytes(cpu) <= psutil.virtual_memory().total + resident_bytes()
-
-
-def cgroup_tree(folder: Path, kind: str, group: str, mounted: str, files: Mapping[str, str]) -> Path:
-    """Write a process's cgroup and mountinfo, and the files of a hierarchy; return the process's folder."""
-    controllers, options = ("memory", "rw,memory") if kind == "cgroup" else ("", "rw")
-    process, mount = folder / "proc", folder / "mount"
-    process.mkdir()
-    other = "4:cpu:/\n" if kind == "cgroup" else ""
-    (process / "cgroup").write_text(f"{other}3:{controllers}:{group}\n")
-    lines = [
-        f"31 23 0:28 / {folder / 'other'} rw shared:9 - tmpfs tmpfs rw",
-        f"35 31 0:32 {mounted} {mount} rw,relatime shared:1 master:2 - {kind} cgroup {options}",
-    ]
-    (process / "mountinfo").write_text("\n".join(lines))
-    for name, content in files.items():
-        path = mount / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return process
-
-
-V1 = {
-    "memory.limit_in_bytes": "9223372036854771712",
-    "memory.usage_in_bytes": "5000",
-    "job/memory.limit_in_bytes": "1000",
-    "job/memory.usage_in_bytes": "700",
-    "job/memory.stat": "cache 300\ninactive_file 1\ntotal_inactive_file 200",
-    "job/task/memory.limit_in_bytes": "2000",
-    "job/task/memory.usage_in_bytes": "100",
-}
-V2 = {
-    "cgroup.controllers": "memory",  # the root has no files of memory
-    "job/memory.max": "1000\n",
-    "job/memory.high": "max\n",
-    "job/memory.current": "700",
-    "job/memory.stat": "anon 400\ninactive_file 200\nactive_file 100",
-    "job/task/memory.max": "max",
-    "job/task/memory.high": "2000",
-    "job/task/memory.current": "100",
-}
-
-
-@pytest.mark.parametrize(("kind", "files"), [("cgroup", V1), ("cgroup2", V2)])
-def test_limits_of_nested_cgroups_count_with_what_is_used(
-    tmp_path: Path, kind: str, files: Mapping[str, str]
-) -> None:
-    rooms = cgroup_rooms(cgroup_tree(tmp_path, kind, "/job/task", "/", files))
-    assert (1000, 500) in rooms
-    assert (2000, 1900) in rooms
-    assert min(room.left_bytes for room in rooms) == 500
-
-
-@pytest.mark.parametrize(
-    ("group", "mounted"),
-    [("/docker/x/job/task", "/docker/x"), ("/../elsewhere", "/"), ("/a/b", "/c"), ("/", "/")],
-)
-def test_a_cgroup_is_found_through_its_mount(tmp_path: Path, group: str, mounted: str) -> None:
-    files = {**V2, "memory.max": "3000", "memory.current": "10"}
-    rooms = cgroup_rooms(cgroup_tree(tmp_path, "cgroup2", group, mounted, files))
-    assert (3000, 2990) in rooms  # of the mount's own group
-    assert ((1000, 500) in rooms) == group.endswith("task")
-
-
-def test_no_cgroups_at_all_are_no_limit(tmp_path: Path) -> None:
-    assert cgroup_rooms(tmp_path / "absent") == []
-    assert cgroup_rooms(cgroup_tree(tmp_path, "cgroup2", "/job", "/", {})) == []
-
-
-def test_a_real_limit_is_kept() -> None:
-    """In a cgroup of 2 GB in one of 1 GB, where they may be made."""
-    first = Path("/sys/fs/cgroup/memory")
-    root, file = (first, "memory.limit_in_bytes") if first.is_dir() else (first.parent, "memory.max")
-    outer = root / f"test-{os.getpid()}"
-    inner = outer / "inner"
-    try:
-        inner.mkdir(parents=True)
-        (outer / file).write_text("1000000000")
-        if file == "memory.max":
-            (outer / "cgroup.subtree_control").write_text("+memory")
-        (inner / file).write_text("2000000000")
-        join = f"open({str(inner / 'cgroup.procs')!r}, 'w').write('0')"
-        rooms = f"import runpy; rooms = runpy.run_path({cgroups.__file__!r})['cgroup_rooms']()"
-        code = f"{join}\n{rooms}\nprint(min(room.left_bytes for room in rooms))"
-        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    except OSError:
-        pytest.skip("no cgroup can be made here")
-    finally:
-        for folder in (inner, outer):
-            if folder.is_dir():
-                folder.rmdir()
-    assert run.returncode == 0, run.stderr
-    assert 0 < int(run.stdout) < 1_000_000_000

@@ -48,7 +48,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return cast(Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        return cast(
+            Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        )
     except (OSError, ValueError, KeyError) as fault:
         line = " ".join(str(fault).split())[:200]
         raise ModelError(

@@ -10,10 +10,10 @@ from colledge.errors import ConfigError
 from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
 
-_PRECISIONS = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")  # sections that do nothing unless enabled
-_TYPES = {"adamw": "AdamW", "sgd": "SGD"}  # DeepSpeed's types, by what run.yaml calls them
-_SCHEDULES = {"constant": "WarmupLR", "linear": "WarmupDecayLR", "cosine": "WarmupCosineLR"}
-_NOT_DEEPSPEEDS = ("optimizer", "scheduler", *_PRECISIONS)  # run.yaml's business: checked, and not handed on
+_AUTO = "auto"  # in DeepSpeed's configurations: whatever the run says
+_NARROW = ("fp16", "bf16", "amp")  # sections that run.yaml says by precision
+_ELSEWHERE = ("optimizer", "scheduler", *_NARROW)
+_SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _MANY_STEPS = 1 << 40
 
 
@@ -29,7 +29,6 @@ def complete_config(
         ConfigError: It contradicts the run or the plan; "auto" contradicts nothing.
     """
     replicas = plan.stages[0].replicas
-    given = _without_auto(given)
     check_config(given, optimizer, plan.global_batch_size)
     _check_value(given, "gradient_accumulation_steps", plan.num_microbatches, "of the plan")
     for samples in {replica.samples for replica in replicas}:
@@ -42,35 +41,37 @@ def complete_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _MANY_STEPS,
     }
-    return {key: value for key, value in given.items() if key not in _NOT_DEEPSPEEDS} | own
+    return {key: without_auto(value) for key, value in given.items() if key not in _ELSEWHERE} | own
+
+
+def without_auto(value: JsonValue) -> JsonValue:
+    """Return a value without the keys that are "auto": DeepSpeed has defaults for them, and does not know the word."""
+    if not isinstance(value, dict):
+        return value
+    return {key: without_auto(inner) for key, inner in value.items() if inner != _AUTO}
 
 
 def check_config(
-    given: Mapping[str, JsonValue],
-    optimizer: OptimizerSettings,
-    global_batch_size: int,
-    steps: int | None = None,
+    given: Mapping[str, JsonValue], optimizer: OptimizerSettings, global_batch_size: int
 ) -> None:
-    """Check a configuration against run.yaml; `steps` are the run's, where they are known.
+    """Check a configuration against run.yaml.
 
     Raises:
-        ConfigError: They contradict each other; "auto" contradicts nothing, at any depth.
+        ConfigError: They contradict each other.
     """
-    given = _without_auto(given)
-    for section in _PRECISIONS:
+    for section in _NARROW:
         value = given.get(section)
-        if value and (not isinstance(value, dict) or value.get("enabled")):
-            raise ConfigError(
-                f"deepspeed: the configuration enables {section!r}, which run.yaml says by precision.",
-                fix=f"take {section!r} out of it.",
-            )
+        if isinstance(value, dict) and value.get("enabled", False) in (False, _AUTO):
+            continue
+        if value not in (None, _AUTO):
+            raise _said_elsewhere(section, "precision")
     _check_optimizer(given, optimizer)
-    _check_scheduler(given, optimizer, steps)
+    _check_scheduler(given, optimizer)
     _check_value(given, "train_batch_size", global_batch_size, "of batch.global_size")
     _check_value(
         given, "gradient_clipping", optimizer.gradient_clipping or 0.0, "of optimizer.gradient_clipping"
     )
-    zero = given.get("zero_optimization")
+    zero = without_auto(given.get("zero_optimization"))
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (1, 2, 3):
         raise ConfigError(
@@ -79,86 +80,71 @@ def check_config(
     assert isinstance(zero, dict)
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
         part = zero.get(key)
-        if part and not (isinstance(part, dict) and part.get("device", "none") == "none"):
+        if part and not (isinstance(part, dict) and part.get("device") == "none"):
             raise ConfigError(
                 f"deepspeed: zero_optimization.{key} is set, and devices of this backend train on their CPUs.",
                 fix="take it out.",
             )
 
 
-def _without_auto(given: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
-    """Return a configuration without what it leaves to others: "auto" at any depth."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in given.items()
-        if value != "auto" and not (isinstance(value, list) and "auto" in value)
-    }
+def _check_value(given: Mapping[str, JsonValue], key: str, wanted: float, of: str) -> None:
+    seen = given.get(key, "auto")
+    if seen not in ("auto", wanted):
+        raise ConfigError(
+            f"deepspeed: {key} is {seen!r}, wanted {wanted:g} {of}.", fix="leave it out, or make them agree."
+        )
+
+
+def _said_elsewhere(section: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"deepspeed: the configuration has {section!r}, which run.yaml says by {key}.",
+        fix=f"take {section!r} out of it.",
+    )
 
 
 def _check_optimizer(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
-    known: dict[str, JsonValue] = {"lr": optimizer.learning_rate, "weight_decay": optimizer.weight_decay}
-    if optimizer.name == "adamw":
-        known |= {"betas": list(optimizer.betas), "eps": optimizer.eps}
-        known |= {"adam_w_mode": True, "bias_correction": True}
-    else:
-        known["momentum"] = optimizer.momentum
-    _check_part(given, "optimizer", _TYPES[optimizer.name], known)
-
-
-def _check_scheduler(given: Mapping[str, JsonValue], optimizer: OptimizerSettings, steps: int | None) -> None:
-    known: dict[str, JsonValue] = {
-        "warmup_min_lr": 0,
-        "warmup_min_ratio": 0,
-        "cos_min_ratio": 0,
-        "warmup_max_lr": optimizer.learning_rate,
-        "warmup_num_steps": optimizer.warmup_steps,
-        "warmup_type": "linear",
-    }
-    if steps is not None:
-        known["total_num_steps"] = steps
-    _check_part(given, "scheduler", _SCHEDULES[optimizer.schedule], known, unchecked=("total_num_steps",))
-
-
-def _check_part(
-    given: Mapping[str, JsonValue],
-    section: str,
-    type_wanted: str,
-    known: Mapping[str, JsonValue],
-    unchecked: tuple[str, ...] = (),
-) -> None:
-    """Check that a section with a `type` and `params` says what run.yaml says, as far as it says something."""
-    part = given.get(section)
-    if part is None:
+    section = given.get("optimizer", _AUTO)
+    if section in (None, _AUTO):
         return
-    params = part.get("params") or {} if isinstance(part, dict) else None
-    if not isinstance(part, dict) or not isinstance(params, dict):
-        raise ConfigError(
-            f"deepspeed: {section} is {part!r:.60}, wanted an object with type and params.",
-            fix="take it out.",
-        )
-    saw = part.get("type")
-    if saw is not None and str(saw).lower() != type_wanted.lower():
-        raise ConfigError(
-            f"deepspeed: {section}.type is {saw!r}, and run.yaml's optimizer is what {type_wanted!r} is.",
-            fix=f"take {section!r} out, or change optimizer in run.yaml.",
-        )
+    params = section.get("params", {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(params, dict):
+        raise _said_elsewhere("optimizer", "optimizer")
+    wanted = {
+        "lr": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+        "momentum": optimizer.momentum,
+        "torch_adam": True,
+        "adam_w_mode": True,
+    }
+    kind = section.get("type", _AUTO)
+    if kind != _AUTO and str(kind).lower() != optimizer.name:
+        raise _contradiction("optimizer.type", kind, f"{optimizer.name} of optimizer.name")
     for key, value in params.items():
-        if key not in known and key not in unchecked:
-            raise ConfigError(
-                f"deepspeed: {section}.params.{key} is {value!r:.60}, and run.yaml has nothing of the kind.",
-                fix="take it out.",
-            )
-        if key in known and value != known[key]:
-            raise ConfigError(
-                f"deepspeed: {section}.params.{key} is {value!r:.60}, wanted {known[key]!r} of run.yaml's optimizer.",
-                fix='set it to "auto", or make them agree.',
-            )
+        if value == _AUTO:
+            continue
+        if key not in wanted:
+            raise _said_elsewhere(f"optimizer.params.{key}", "optimizer")
+        if value != wanted[key]:
+            raise _contradiction(f"optimizer.params.{key}", value, f"{wanted[key]} of run.yaml's optimizer")
 
 
-def _check_value(given: Mapping[str, JsonValue], key: str, wanted: float, of: str) -> None:
-    seen = given.get(key)
-    if seen is not None and seen != wanted:
-        raise ConfigError(
-            f"deepspeed: {key} is {seen!r:.60}, wanted {wanted:g} {of}.",
-            fix="leave it out, or make them agree.",
-        )
+def _check_scheduler(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
+    section = given.get("scheduler", _AUTO)
+    if section in (None, _AUTO):
+        return
+    params = section.get("params", {}) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or not isinstance(params, dict):
+        raise _said_elsewhere("scheduler", "optimizer.schedule")
+    if any(value != _AUTO for value in params.values()):
+        raise _said_elsewhere("scheduler", "optimizer.schedule and optimizer.warmup_steps")
+    kind = section.get("type", _AUTO)
+    if kind != _AUTO and _SCHEDULES.get(str(kind)) != optimizer.schedule:
+        raise _contradiction("scheduler.type", kind, f"the one of optimizer.schedule: {optimizer.schedule}")
+
+
+def _contradiction(key: str, seen: JsonValue, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"deepspeed: {key} is {seen!r}, wanted {wanted}.", fix="leave it out, or make them agree."
+    )

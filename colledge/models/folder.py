@@ -1,0 +1,66 @@
+"""What a folder holds that is given as a model and is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
+
+from colledge.errors import ModelError
+
+
+def check_folder(directory: Path) -> None:
+    """Check that a folder is a whole model's, by the names of its files.
+
+    Raises:
+        ModelError: It is something else; the message says what, where that can be told.
+    """
+    adapter, state = _values(directory / "adapter_config.json"), _values(directory / "state.json")
+    if adapter is not None:
+        base = adapter.get("base_model_name_or_path") or "a model that it does not name"
+        raise ModelError(
+            f"{directory}: is an adapter of {base}, not a whole model.",
+            fix="set model to that model, or give the adapter merged into it (colledge export --merge).",
+        )
+    config = _values(directory / "config.json")
+    if config is not None:
+        _check_type(directory, config)
+        return
+    seen, fix = "no config.json there", "give a directory that save_pretrained wrote."
+    if state is not None and str(state.get("schema", "")).startswith("colledge/checkpoint/"):
+        seen, fix = (
+            "is a checkpoint of a run, not a model",
+            f"colledge export {directory.parent} writes one of it.",
+        )
+    elif (directory / "job.json").is_file():
+        seen, fix = (
+            "is the output of a run, not a model",
+            f"give {directory / 'model'}, or colledge export it.",
+        )
+    elif any(directory.glob("*.gguf")):
+        seen, fix = "holds GGUF files, which are for llama.cpp", "give the model that they were made from."
+    raise ModelError(f"{directory}: {seen}.", fix=fix)
+
+
+def _check_type(directory: Path, config: dict[str, Any]) -> None:
+    """Refuse a model that transformers does not know, and would run code of the folder for, or that is no decoder."""
+    kind = config.get("model_type")
+    known = isinstance(kind, str) and kind in CONFIG_MAPPING
+    if config.get("auto_map") and not known:
+        raise ModelError(
+            f"{directory}: model type {kind!r} comes with code of its own, which is not run.",
+            fix="use a model of a type that transformers knows.",
+        )
+
+
+def _values(path: Path) -> dict[str, Any] | None:
+    """Return what a JSON file says, or None where there is none; of a malformed one nothing is known."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
