@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from collections.abc import Callable
@@ -180,21 +179,3 @@ def test_an_empty_split_names_the_file(tmp_path: Path, model: Path) -> None:
     run = load_run(run_file(tmp_path, {"train": str(file), "validation_split": 0.5}, evaluate_every=1))
     with pytest.raises(DataError, match=rf"{file}: 1 example\(s\) cannot be split"):
         load_data(run, model)
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
-def test_what_a_terminal_cannot_encode_is_replaced(
-    tmp_path: Path, model: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chat = [{"role": "user", "content": "čau 你好"}, {"role": "assistant", "content": "👋 ahoj"}]
-    path = write(tmp_path, [{"messages": chat}])
-    monkeypatch.setattr(sys, "argv", ["colledge", "data", "check", str(path), "--model", str(model)])
-    outputs = [io.BytesIO(), io.BytesIO()]
-    for name, output in zip(("stdout", "stderr"), outputs, strict=True):
-        monkeypatch.setattr(sys, name, io.TextIOWrapper(output, encoding=encoding))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    sys.stdout.flush()
-    assert not ended.value.code
-    assert "ahoj" in outputs[0].getvalue().decode(encoding)
-    assert "?" in outputs[0].getvalue().decode(encoding)

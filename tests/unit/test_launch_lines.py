@@ -8,18 +8,10 @@ from pathlib import Path
 import pytest
 
 from colledge.errors import ConfigError
-from colledge.launch import addresses
+from colledge.launch import rendezvous
 from colledge.launch.job import Job
 from colledge.launch.rendezvous import Agent, plan_agents
 from colledge.launch.run_config import DataConfig, PoolConfig, RunConfig, load_pool
-
-OUTER = {
-    "PET_NNODES": "4",
-    "PET_STANDALONE": "1",
-    "TORCHELASTIC_RUN_ID": "x",
-    "RANK": "3",
-    "MASTER_ADDR": "h",
-}
 
 
 def agents_of(coordinator: str, **host: str) -> list[Agent]:
@@ -29,14 +21,6 @@ def agents_of(coordinator: str, **host: str) -> list[Agent]:
     run = RunConfig(model="m", data=DataConfig(train=(Path("d"),)), pool=Path("pool.yaml"))
     job = Job(kind="train", run=run, pool=pool, model=Path("m"), devices=("a", "b"), output=Path("out"))
     return plan_agents(job, 29500)
-
-
-def test_variables_of_another_torchrun_do_not_reach_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {**OUTER, "KEPT": "1", "OMP_NUM_THREADS": "7"}.items():
-        monkeypatch.setenv(name, value)
-    variables = Agent("a", "local", {"OMP_NUM_THREADS": "2"}, ("torchrun",)).surroundings()
-    assert not OUTER.keys() & variables.keys()
-    assert (variables["KEPT"], variables["OMP_NUM_THREADS"]) == ("1", "2")
 
 
 @pytest.mark.parametrize("pet", [{}, {"PET_NNODES": "4", "PET_RDZV_CONF": "a=1,b=two words", "PET_TEE": "3"}])
@@ -49,21 +33,9 @@ def test_a_printed_line_drops_torchruns_variables_in_any_shell(pet: dict[str, st
     assert {"KEPT", "OMP_NUM_THREADS"} <= names
 
 
-def test_a_user_is_for_ssh_alone() -> None:
-    *_, far = agents_of("192.0.2.1", host="pi@192.0.2.7")
-    assert far.host == "pi@192.0.2.7"
-    assert "--local-addr=192.0.2.7" in far.command
-    assert "--master-addr=192.0.2.1" in far.command
-
-
-def test_addresses_of_the_sixth_version() -> None:
-    *_, far = agents_of("2001:db8::1", host="pi@2001:db8::7")
-    assert "--local-addr=2001:db8::7" in far.command
-
-
 @pytest.mark.parametrize(
     "address",
-    ["0.0.0.0", "::", "127.0.0.1", "127.9.9.9", "localhost", "::1", "::ffff:127.0.0.1", "2001:db8::1"],
+    ["127.0.0.1", "127.9.9.9", "localhost", "::1", "::ffff:127.0.0.1"],
 )
 def test_a_coordinator_that_others_cannot_reach_is_refused(address: str) -> None:
     assert len(agents_of(address)) == 3  # devices of this machine can
@@ -79,14 +51,14 @@ def test_a_name_goes_as_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
     def look_up(host: str) -> str | None:
         return known.get(host, host if host[0].isdigit() else None)
 
-    monkeypatch.setattr(addresses, "_look_up", look_up)
+    monkeypatch.setattr(rendezvous, "_look_up", look_up)
     *_, far = agents_of("192.0.2.1", host="me@pi.lan")
     assert "--local-addr=192.0.2.7" in far.command
-    with pytest.raises(ConfigError, match=r"'here.lan' is 127.0.1.1"):
+    with pytest.raises(ConfigError, match=r"'here.lan' is this machine"):
         agents_of("192.0.2.1", host="here.lan")
-    with pytest.raises(ConfigError, match=r"'gone.lan' has no address"):
+    with pytest.raises(ConfigError, match=r"'gone.lan' is no address"):
         agents_of("192.0.2.1", host="gone.lan")
-    with pytest.raises(ConfigError, match=r"coordinator at here.lan \(127.0.1.1\)"):
+    with pytest.raises(ConfigError, match=r"coordinator at here.lan"):
         agents_of("here.lan", host="192.0.2.7")
 
 
