@@ -164,6 +164,21 @@ def test_a_whole_file_counts_and_an_index_beside_it_does_not(tmp_path: Path) -> 
     assert same(opened(folder)[1], theirs(folder))
 
 
+def test_a_configuration_may_name_the_file(tmp_path: Path) -> None:
+    folder = made("llama", tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    change(folder, another_head)
+    reconfigure(folder, transformers_weights="other.safetensors")
+    wanted = theirs(folder)
+    _, weights = opened(folder)
+    assert same(weights, wanted)
+    write_model([dict(weights)], weights, tmp_path / "written")
+    assert same(theirs(tmp_path / "written"), wanted)
+    for name in ("../model/other.safetensors", "other.bin", 3):
+        reconfigure(folder, transformers_weights=name)
+        assert "transformers_weights" in refusal(lambda: opened(folder))
+
+
 def test_shards_are_read_whatever_the_index_says_of_their_tensors(tmp_path: Path) -> None:
     folder = made("llama", tmp_path)
     stored = load_file(folder / "model.safetensors")
