@@ -120,13 +120,20 @@ class ModelWeights(Mapping[str, Tensor]):
         return sum(self._files.headers[source].num_bytes for source in sources)
 
     def check_values(self) -> None:
-        """Read every weight once.
+        """Read every weight's tensors once.
 
         Raises:
             ModelError: A file is damaged, or a weight holds a number that is none.
         """
-        for name in {group: name for name, group in self._groups.items()}.values():
-            self[name]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # enough for what memory is read at; on busy cores several wait for each other
+        try:
+            for group in set(self._groups.values()):
+                self._files.read(source for source, _ in group.sources)
+        finally:
+            torch.set_num_threads(threads)
 
     def _match(self, transforms: list[Any]) -> tuple[list[_Group], list[str]]:
         """Return which tensors on disk make which weights, and the tensors that make none."""
