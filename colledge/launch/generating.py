@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,13 @@ def generate(folder: Path, prompt: str, max_new_tokens: int, chat: bool) -> str:
         ModelError: It cannot be loaded.
     """
     found = _find(folder)
+    adapter = (found / "adapter_config.json").is_file()
+    if not adapter:
+        _skeleton(found)  # a fault of config.json is said before the tokenizer stumbles over it
     tokenizer: Any = load_tokenizer(found)
     ids = _ids(tokenizer, prompt, chat, found)
-    model = _load(found)
-    with torch.inference_mode():
+    model = _load_adapter(found) if adapter else _load_model(found)
+    with _using(found / "generation_config.json"), torch.inference_mode():
         made = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
         )
@@ -82,53 +86,78 @@ def _find(folder: Path) -> Path:
     raise ConfigError(f"{folder}: holds neither a model nor an adapter.", fix=fix)
 
 
-def _load(folder: Path) -> Any:
-    """Return a whole model, or one with its adapter; every weight of both is on disk."""
-    adapter = (folder / "adapter_config.json").is_file()
+@contextmanager
+def _using(path: Path) -> Iterator[None]:
+    """Say in one line, and of which file, what the libraries raise: whatever a malformed one makes of them.
+
+    Raises:
+        ModelError: They raised something.
+    """
     try:
-        return (_load_adapter(folder) if adapter else _load_model(folder)).eval()
+        yield
     except ColledgeError:
         raise
-    except Exception as fault:  # the libraries raise whatever a malformed file makes of them
-        line = " ".join(str(fault).split())[:300] or type(fault).__name__
-        raise ModelError(f"{folder} cannot be loaded ({line}).", fix="export or train it again.") from None
+    except Exception as fault:
+        line = f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+        fix = "mend it, or write the folder again: export or train."
+        raise ModelError(f"{path} cannot be used ({line}).", fix=fix) from None
+
+
+def _skeleton(folder: Path) -> Any:
+    """Return the model of a folder on the meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _using(folder / "config.json"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def _load_model(folder: Path) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return a whole model, every weight of which is on disk: from_pretrained draws at random what it does not find."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    ModelWeights(folder, skeleton).check_values()  # for from_pretrained draws at random what it does not find
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    ModelWeights(folder, _skeleton(folder)).check_values()
+    with _using(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        ).eval()
 
 
 def _load_adapter(folder: Path) -> Any:
+    """Return a model with its adapter; every weight of both is on disk."""
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    config = PeftConfig.from_pretrained(str(folder))
-    if not config.base_model_name_or_path:
-        raise ModelError(
-            f"{folder}/adapter_config.json: names no base_model_name_or_path.",
-            fix="write there the folder or hub id of the model that it was trained from.",
-        )
+    path = folder / "adapter_config.json"
+    with _using(path):
+        config = PeftConfig.from_pretrained(str(folder))
     stored = SafetensorsDirectory(folder, "adapter_model")
-    model = get_peft_model(_load_model(find_model(config.base_model_name_or_path)), config)
-    missing = [name for name in get_peft_model_state_dict(model) if name not in stored]
-    result: Any = set_peft_model_state_dict(model, dict(stored))
+    model = _load_model(_base_of(path, config.base_model_name_or_path))
+    with _using(path):
+        model = get_peft_model(model, config).eval()
+        missing = [name for name in get_peft_model_state_dict(model) if name not in stored]
+    with _using(folder / "adapter_model.safetensors"):
+        result: Any = set_peft_model_state_dict(model, dict(stored))
     for what, names in (
         ("holds no", missing),
         ("holds what the adapter has no place for:", result.unexpected_keys),
     ):
         if names:
-            raise ModelError(
-                f"{folder}: {what} {', '.join(names[:3])}.",
-                fix="use the folder as the run wrote it, or train again.",
-            )
+            fix = "use the folder as the run wrote it, or train again."
+            raise ModelError(f"{folder}: {what} {', '.join(names[:3])}.", fix=fix)
     return model
+
+
+def _base_of(path: Path, name: object) -> Path:
+    """Return the folder of an adapter's base, which its configuration names."""
+    if not name or not isinstance(name, str):
+        raise ModelError(
+            f"{path}: base_model_name_or_path is {name!r}.",
+            fix="write there the folder or hub id of the model that it was trained from.",
+        )
+    try:
+        return find_model(name)
+    except ModelError as fault:
+        raise ModelError(f"{path}: of its base_model_name_or_path: {fault.message}", fix=fault.fix) from None
 
 
 # -- on the pool ---------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def write_model(layers: Iterable[Mapping[str, Tensor]], source: ModelWeights, ta
             writer.add(source.on_disk(tensors))
         writer.finish()
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype"] = str(writer.dtype).removeprefix("torch.")
+        for key in {"dtype", *config} & {"dtype", "torch_dtype"}:  # as older files call it
+            config[key] = str(writer.dtype).removeprefix("torch.")
+        config.pop("transformers_weights", None)  # the name of another file
         if not source.ties:  # config.json may say so where the files hold two values
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict):

@@ -64,7 +64,7 @@ class ModelWeights(Mapping[str, Tensor]):
         self.directory = directory
         self._model: Any = skeleton
         check_not_quantised(directory, self._model.config)
-        self._files = SafetensorsDirectory(directory)
+        self._files = SafetensorsDirectory(directory, _stem(directory, self._model.config))
         self._wanted: dict[str, Tensor] = self._model.state_dict()
         transforms = get_model_conversion_mapping(self._model)
         groups, unmatched = self._match(transforms)
@@ -120,13 +120,20 @@ class ModelWeights(Mapping[str, Tensor]):
         return sum(self._files.headers[source].num_bytes for source in sources)
 
     def check_values(self) -> None:
-        """Read every weight once.
+        """Read every weight's tensors once.
 
         Raises:
             ModelError: A file is damaged, or a weight holds a number that is none.
         """
-        for name in {group: name for name, group in self._groups.items()}.values():
-            self[name]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # enough for what memory is read at; on busy cores several wait for each other
+        try:
+            for group in set(self._groups.values()):
+                self._files.read(source for source, _ in group.sources)
+        finally:
+            torch.set_num_threads(threads)
 
     def _match(self, transforms: list[Any]) -> tuple[list[_Group], list[str]]:
         """Return which tensors on disk make which weights, and the tensors that make none."""
@@ -264,6 +271,22 @@ class ModelWeights(Mapping[str, Tensor]):
         info = LoadStateDictInfo(set(), set(unmatched), set(), [], {}, set())
         self._model._adjust_missing_and_unexpected_keys(info)
         return tuple(name for name in unmatched if name in info.unexpected_keys)
+
+
+def _stem(directory: Path, config: Any) -> str:
+    """Return what the files are called, which a configuration may say.
+
+    Raises:
+        ModelError: It names no file of the folder.
+    """
+    name = getattr(config, "transformers_weights", None) or "model.safetensors"
+    found = re.fullmatch(r"([^/\\]+)\.safetensors(\.index\.json)?", name) if isinstance(name, str) else None
+    if found is None:
+        raise ModelError(
+            f"{directory}/config.json: transformers_weights is {name!r}, which is no .safetensors of the folder.",
+            fix="mend it, or leave it out.",
+        )
+    return found.group(1)
 
 
 def check_not_quantised(directory: Path, config: Any) -> None:

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from colledge.errors import ColledgeError, ConfigError
+from colledge.models.weights import check_finite
 from colledge.parallel.engine import Engine
 from colledge.records import Record, read_json, write_atomically
 
@@ -179,7 +180,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
     """Give an engine the values, optimizer state and step of a checkpoint, whatever plan wrote it.
 
     Raises:
-        ConfigError: The checkpoint is damaged, or of another model or seed.
+        ConfigError: The checkpoint is damaged, holds a number that is none, or is of another model or seed.
     """
     state = read_json(CheckpointState, checkpoint / "state.json")
     if state.seed != seed:
@@ -205,6 +206,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
                 fix="resume with the model that the checkpoint was made from.",
             )
         for key, tensor in values.items():
+            check_finite(f"{path}: {key!r}", tensor)
             if shapes.get(key.partition("@")[0]) != tuple(tensor.shape):
                 raise ConfigError(
                     f"{path}: {key!r} has shape {list(tensor.shape)}, which this model has not.",

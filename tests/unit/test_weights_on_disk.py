@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, logging
 
 from colledge.errors import ColledgeError, ModelError
+from colledge.launch.run import check_weights, read_inputs
 from colledge.launch.saved_model import write_model
 from colledge.models import HuggingFaceCausalLM, ModelWeights
 
@@ -37,16 +39,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **EXPERTS},
     "olmoe": {"model_type": "olmoe", **EXPERTS, "num_key_value_heads": 4},
 }  # fmt: skip
+WITH_BUFFERS = {
+    "deepseek_v3": {
+        "model_type": "deepseek_v3", **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1,
+        "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+        "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
 Stored = dict[str, Tensor]
 
 
 def made(kind: str, folder: Path) -> Path:
     """Write a model with random values, norms too, as save_pretrained writes it."""
-    values = dict(CONFIGS[kind])
+    values = dict({**CONFIGS, **WITH_BUFFERS}[kind])
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in model.state_dict().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(folder)
     return folder
@@ -154,7 +163,19 @@ def test_a_model_with_two_values_for_a_tied_weight_trains_them_apart(tmp_path: P
     assert model.tied == {}
     assert not weights.ties
     assert model.spec.config["tie_word_embeddings"] is False
+    write_model([dict(weights)], weights, tmp_path / "written")
+    assert json.loads((tmp_path / "written" / "config.json").read_text())["tie_word_embeddings"] is False
     assert opened(change(tmp_path, under_both))[0].tied == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+def test_weights_that_are_no_parameters_are_read_too(tmp_path: Path) -> None:
+    folder = made("deepseek_v3", tmp_path)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    weights, wanted = ModelWeights(folder, skeleton), theirs(folder)
+    assert any("e_score_correction_bias" in name for name in wanted)
+    assert same(weights, wanted)
+    assert set(weights.on_disk(wanted)) == set(load_file(folder / "model.safetensors"))
 
 
 def test_a_whole_file_counts_and_an_index_beside_it_does_not(tmp_path: Path) -> None:
@@ -162,6 +183,21 @@ def test_a_whole_file_counts_and_an_index_beside_it_does_not(tmp_path: Path) -> 
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert same(opened(folder)[1], theirs(folder))
+
+
+def test_a_configuration_may_name_the_file(tmp_path: Path) -> None:
+    folder = made("llama", tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "other.safetensors")
+    change(folder, another_head)
+    reconfigure(folder, transformers_weights="other.safetensors")
+    wanted = theirs(folder)
+    _, weights = opened(folder)
+    assert same(weights, wanted)
+    write_model([dict(weights)], weights, tmp_path / "written")
+    assert same(theirs(tmp_path / "written"), wanted)
+    for name in ("../model/other.safetensors", "other.bin", 3):
+        reconfigure(folder, transformers_weights=name)
+        assert "transformers_weights" in refusal(lambda: opened(folder))
 
 
 def test_shards_are_read_whatever_the_index_says_of_their_tensors(tmp_path: Path) -> None:
@@ -252,6 +288,22 @@ def test_weights_that_are_not_whole_are_refused_by_name(kind: str, tmp_path: Pat
     with pytest.raises(ModelError, match=said):
         opened(folder)[1].check_values()
     refusal(lambda: opened(folder)[1].check_values())
+
+
+def test_files_that_are_not_whole_are_found_before_devices_start(tmp_path: Path) -> None:
+    folder = made("llama", tmp_path / "model")
+    (tmp_path / "pool.yaml").write_text("devices: [{id: d0}]\n")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {folder}\ndata: {{train: x.jsonl}}\npool: pool.yaml\noutput: {tmp_path / 'out'}\n"
+    )
+    change(folder, lambda stored: {**stored, "more.weight": torch.ones(1)})
+    inputs = read_inputs(tmp_path / "run.yaml", with_data=False)  # as for profiling
+    assert any("more.weight" in note for note in inputs.notes)
+    check_weights(inputs, Console())
+    change(folder, with_value(float("nan")))
+    assert NORM in refusal(lambda: check_weights(inputs, Console()))
+    change(folder, without(NORM))
+    assert NORM in refusal(lambda: read_inputs(tmp_path / "run.yaml", with_data=False))
 
 
 def test_a_quantised_configuration_is_refused_with_its_method(tmp_path: Path) -> None:
