@@ -85,9 +85,11 @@ def change_value(value: Any, random: random.Random) -> Any:
     places = list(_places(value))
     if not places or random.random() < 0.05:
         return random.choice(VALUES)
-    depths = sorted({id(container) for container, _ in places})
-    chosen = random.choice(depths)  # a container first, so that long lists are not all that is changed
-    container, key = random.choice([place for place in places if id(place[0]) == chosen])
+    containers = {id(container): container for container, _ in places}  # in their order
+    container = random.choice(
+        list(containers.values())
+    )  # first, so that long lists are not all that is changed
+    key = random.choice([key for one, key in places if one is container])
     match random.choice(("retype", "retype", "retype", "delete", "rename", "swap", "scale")):
         case "retype":
             container[key] = random.choice(VALUES)
