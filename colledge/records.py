@@ -231,7 +231,7 @@ class _YamlLoader(yaml.SafeLoader):
                         None, None, f"key {_shortened(key.value)} stands there twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 def read_json(record: type[RecordT], path: Path, error: type[ConfigError] = ConfigError) -> RecordT:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colledge.data import Batch, load_tokenizer
-from colledge.errors import ColledgeError, ConfigError, ModelError
+from colledge.errors import ColledgeError, ConfigError, ModelError, said_by
 from colledge.launch.engine_settings import engine_settings
 from colledge.launch.exporting import find_trained
 from colledge.launch.inputs import find_model
@@ -98,9 +98,8 @@ def _using(path: Path) -> Iterator[None]:
     except ColledgeError:
         raise
     except Exception as fault:
-        line = f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
         fix = "mend it, or write the folder again: export or train."
-        raise ModelError(f"{path} cannot be used ({line}).", fix=fix) from None
+        raise ModelError(f"{path} cannot be used ({said_by(fault)}).", fix=fix) from None
 
 
 def _skeleton(folder: Path) -> Any:

@@ -85,6 +85,8 @@ def read_inputs(
         ConfigError: A file, a key, the model or the data is not usable.
     """
     run = load_run(path, overrides)
+    if not run.pool.is_file():
+        raise ConfigError(f"{path}: pool is {run.pool}, and there is no such file.", fix="give a pool.yaml.")
     pool = load_pool(run.pool)
     if with_data and pool.is_catalog:
         raise ConfigError(

@@ -42,7 +42,16 @@ from colledge.models.structure import find_structure
 from colledge.settings import LoraSettings, NarrowPrecision
 
 _BAD_CONFIGURATION = (
-    *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError),
+    *(
+        LookupError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        ImportError,
+    ),
     StrictDataclassError,
 )
 
