@@ -150,7 +150,7 @@ def parse_record(
     """
     if not isinstance(value, Mapping):
         raise error(
-            f"{source}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
+            f"{source}: saw {kind_of(value)}, wanted a mapping of keys to values.",
             fix=f"give {', '.join(_keys_of(record))} as keys.",
         )
     try:
@@ -168,7 +168,8 @@ def parse_record(
     return parsed
 
 
-def _kind_of(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return what a value of JSON or YAML is, in a word."""
     return "nothing" if value is None else type(value).__name__
 
 
@@ -262,7 +263,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
+            f"{path}: saw {kind_of(value)}, wanted a mapping of keys to values.",
             fix="write lines such as `key: value`.",
         )
     return value

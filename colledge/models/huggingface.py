@@ -386,7 +386,8 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
             unset = _compute_constants(model, module, dtype)
         if unset:
             raise ModelError(
-                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}."
+                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}.",
+                fix="use another model, or look at its config.json.",
             )
 
 

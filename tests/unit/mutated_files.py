@@ -389,15 +389,15 @@ def _compare_text(model: Any, tokenizer: Any, ended: Ended) -> str | None:
 
 
 def same_weights(source: str, folder: Path, ended: Ended) -> str | None:
-    """Hold what was exported against what the files have, by transformers' own reading."""
-    theirs, loaded = AutoModelForCausalLM.from_pretrained(folder / source, output_loading_info=True)
+    """Hold what was exported against what the file has; transformers must find it whole."""
+    stored = load_file(folder / source / "model.safetensors")
+    exported, loaded = AutoModelForCausalLM.from_pretrained(folder / "exported", output_loading_info=True)
     if loaded["missing_keys"] or loaded["mismatched_keys"]:
-        return f"weights were missing: {loaded}"
-    ours = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
-    for name, tensor in theirs.state_dict().items():
+        return f"the exported model is not whole: {loaded}"
+    for name, tensor in exported.state_dict().items():
         if not torch.isfinite(tensor).all():
             return f"{name} is no number"
-        if not torch.equal(ours[name], tensor):
+        if name in stored and not torch.equal(stored[name].to(tensor.dtype), tensor):
             return f"{name} was exported with other values"
     return None
 
@@ -480,7 +480,13 @@ RECORDS = (
     _own("planned/job.json", "json", _REPORT, "job"),
     _own("planned/outcome.json", "json", _REPORT, "outcome"),
     Kind("planned/metrics.jsonl", "jsonl", _REPORT, same_report),
-    _own("federation.yaml", "yaml", ("federate", "simulate", "federation.yaml", "--print-commands"), "nodes"),
+    _own(
+        "federation.yaml",
+        "yaml",
+        ("federate", "simulate", "federation.yaml", "--print-commands"),
+        "nodes",
+        "trainer",
+    ),
     Kind("data.jsonl", "jsonl", ("data", "check", "data.jsonl"), same_count),
     Kind("data.jsonl", "jsonl", _CHECK, same_count),
     _own("stopped/job.json", "json", _EXPORT, "job", "model", "pool"),
