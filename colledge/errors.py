@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
+_OF_CODE = re.compile(  # what only those understand who know the code
+    r"object|operand|argument|unhashable|NoneType|ind(ex|ices)|iterable|subscript|instance of|unpack|not supported|"
+    r"Tensor|recursion|interpreted"
+)
+
 
 class ColledgeError(Exception):
     """A problem that a user can mend.
@@ -66,3 +73,14 @@ class LaunchError(ColledgeError):
     """Workers that could not be started: a port taken, a host that cannot be reached."""
 
     exit_code = 5
+
+
+def said_by(fault: BaseException) -> str:
+    """Return one line of what a library made of a malformed file; what speaks of its code alone in our words."""
+    line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", " ".join(str(fault).split()))[:300]
+    if isinstance(fault, KeyError):
+        return f"{line.strip(chr(39))!r} is missing there, or not known"
+    strange = not isinstance(fault, ValueError | OSError) and _OF_CODE.search(line)
+    if not line or strange or isinstance(fault, AttributeError | AssertionError | RecursionError):
+        return "a value there is missing, or not of the kind that it must be"
+    return line

@@ -86,7 +86,9 @@ def describe_validation_error(error: ValidationError) -> str:
             key, known = fault["ctx"]["discriminator"][1:-1], fault["ctx"]["expected_tags"].replace("'", "")
             text = f"{where}.{key} is {_shortened(fault['ctx']['tag'])}, wanted one of {known}"
         case _:
-            message = fault["msg"].removeprefix("Value error, ")
+            message = (
+                fault["msg"].removeprefix("Value error, ").replace("path for <class 'pathlib.Path'>", "path")
+            )
             seen = fault.get("input")
             shown = (
                 f" (saw {_shortened(seen)})"
@@ -148,7 +150,7 @@ def parse_record(
     """
     if not isinstance(value, Mapping):
         raise error(
-            f"{source}: saw {type(value).__name__}, wanted a mapping of keys to values.",
+            f"{source}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
             fix=f"give {', '.join(_keys_of(record))} as keys.",
         )
     try:
@@ -164,6 +166,10 @@ def parse_record(
             fix="check the unit of that value.",
         )
     return parsed
+
+
+def _kind_of(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__
 
 
 def _keys_of(record: type[Record]) -> list[str]:
@@ -195,6 +201,39 @@ def _read_text(path: Path, error: type[ConfigError]) -> str:
         raise error(f"{path}: cannot be read ({fault}).", fix="give a readable UTF-8 text file.") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return what JSON text says.
+
+    Raises:
+        ValueError: It is no JSON, or a key stands twice in a mapping, of which readers would take one or the other.
+    """
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"key {_shortened(key)} stands there twice")
+        values[key] = value
+    return values
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping; YAML's own `<<` may bring what a mapping says anew."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key {_shortened(key.value)} stands there twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
 def read_json(record: type[RecordT], path: Path, error: type[ConfigError] = ConfigError) -> RecordT:
     """Return the record in a JSON file.
 
@@ -202,9 +241,11 @@ def read_json(record: type[RecordT], path: Path, error: type[ConfigError] = Conf
         ConfigError: The file is missing, is not JSON or does not hold such a record.
     """
     try:
-        value = json.loads(_read_text(path, error))
+        value = parse_json(_read_text(path, error))
     except (ValueError, RecursionError) as fault:
-        raise error(f"{path}: not JSON ({fault}).", fix="mend or regenerate the file.") from None
+        raise error(
+            f"{path}: not JSON ({_shortened(str(fault))}).", fix="mend or regenerate the file."
+        ) from None
     return parse_record(record, value, str(path), error)
 
 
@@ -215,13 +256,13 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML or is not a mapping.
     """
     try:
-        value = yaml.safe_load(_read_text(path, ConfigError))
+        value = yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader)  # a safe one
     except (yaml.YAMLError, RecursionError, ValueError) as fault:  # ValueError: such as the date 2001-99-99
         line = " ".join(str(fault).split())
         raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: saw {type(value).__name__}, wanted a mapping of keys to values.",
+            f"{path}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
             fix="write lines such as `key: value`.",
         )
     return value

@@ -45,6 +45,10 @@ _CIFAR_FILES: Mapping[Split, tuple[str, ...]] = {
     "test": ("test_batch",),
 }
 _OF_PROGRAMS = ("__MACOSX", "Thumbs.db", "desktop.ini")
+_PICTURES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+    | {".heic", ".heif", ".avif", ".jp2", ".ppm", ".pgm", ".pnm", ".tga", ".svg"}
+)
 _AGAIN = "fetch the file again."
 
 
@@ -62,6 +66,8 @@ def read_images(folder: Path, split: Split) -> Images:
     if not folder.exists():
         raise DataError(f"{folder}: no such folder.", fix="give the path of a folder of images.")
     readers = [reader for pattern, reader in _READERS.items() if _has_file(folder, pattern)]
+    if _pngs not in readers and any(path.suffix.lower() in _PICTURES for path in folder.glob("train/**/*")):
+        readers.append(_pngs)  # says why it reads none of them
     if folder.suffix == ".npz":
         readers = [_npz]
     if len(readers) != 1:
@@ -242,6 +248,12 @@ def _pngs(folder: Path, split: Split) -> Images:
     strange = sorted({path.name for path in _visible(folder / split) if path.is_dir()} - set(classes))
     if strange:
         raise DataError(f"{folder / split / strange[0]}: no such class in train.", fix="remove the folder.")
+    loose = [path for path in _visible(folder / split) if path.suffix.lower() in _PICTURES and path.is_file()]
+    if loose:
+        raise DataError(
+            f"{folder / split}: {len(loose)} picture(s) of no class are not read, such as {loose[0].name}.",
+            fix=f"put each into the folder of its class, such as {split}/CLASS/1.png.",
+        )
     images: list[Bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

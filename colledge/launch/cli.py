@@ -545,7 +545,12 @@ def main() -> None:
         print(f"colledge: {fault}", file=sys.stderr)
         sys.exit(fault.exit_code)
     except OSError as fault:
-        print(f"colledge: {fault}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
+        said = (
+            f"{fault.strerror} ({str(fault.filename)[:200]})"
+            if fault.strerror and fault.filename
+            else str(fault)[:300]
+        )
+        print(f"colledge: {said}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
     except (MemoryError, RuntimeError) as fault:  # numpy's, and PyTorch's, which has no kind of its own
         if not isinstance(fault, MemoryError) and "can't allocate memory" not in str(fault):

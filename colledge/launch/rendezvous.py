@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
 from types import FrameType
@@ -41,8 +41,9 @@ LAUNCHER_VARIABLE = "COLLEDGE_LAUNCHER_PID"  # a coordinator whose launcher is g
 _BY_HAND = {"simulate": "colledge federate simulate", "node": "colledge federate join"}  # or serve
 _OF_OTHER_LAUNCHERS = frozenset(
     {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"}
-    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"}
+    | {"ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT", "PYTHON_EXEC"}
 )
+_WITHOUT_PET = "env $(env | sed -n 's/^\\(PET_[A-Za-z_]*\\)=.*/-u \\1/p')"
 _ANYWHERE = ("0.0.0.0", "::")  # where one may listen and nobody can call
 _POLL_S = 0.2
 _REPORT_GRACE_S = 15.0  # for the coordinator to say what happened after a device died
@@ -60,9 +61,9 @@ class Agent:
     command: tuple[str, ...]
 
     def line(self) -> str:
-        """Return the command as a line for a shell."""
+        """Return the command as a line for a shell, which may have variables that torchrun would obey."""
         variables = [f"{key}={shlex.quote(value)}" for key, value in self.environment.items()]
-        return " ".join([*variables, shlex.join(self.command)])
+        return " ".join([_WITHOUT_PET, *variables, shlex.join(self.command)])
 
 
 def choose_port(pool: PoolConfig) -> int:
@@ -95,7 +96,7 @@ def plan_agents(job: Launch, port: int) -> list[Agent]:
             fix="set coordinator.address in pool.yaml to this machine's address in the devices' network.",
         )
     remote = [device.id for device in job.pool.devices if device.host != "local" and device.id in job.devices]
-    if remote and (address.startswith("127.") or address in ("localhost", "::1")):
+    if remote and _leads_here(_look_up(address)):
         raise ConfigError(
             f"device {remote[0]!r} is on another machine and cannot reach the coordinator at {address}.",
             fix="set coordinator.address in pool.yaml to this machine's address in their network.",
@@ -116,20 +117,35 @@ def _address_of(device: DeviceConfig) -> str:
         ConfigError: The host is this machine, or no name that is known here.
     """
     host = device.host.rpartition("@")[2]
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]
-    except (OSError, UnicodeError):
+    address = _look_up(host)
+    if address is None:
         raise ConfigError(
             f"device {device.id!r}: host {device.host!r} is no address, and no name that is known here.",
             fix="give the machine's address in pool.yaml.",
-        ) from None
-    address = str(found).partition("%")[0]
-    if address in _ANYWHERE or ip_address(address).is_loopback:
+        )
+    if _leads_here(address):
         raise ConfigError(
             f"device {device.id!r}: host {device.host!r} is this machine.",
             fix="write host: local, or leave it out.",
         )
     return address
+
+
+def _look_up(host: str) -> str | None:
+    """Return the address of a host by its address or name; None where it has none that is known here."""
+    try:
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0]).partition("%")[0]
+    except (OSError, UnicodeError):
+        return None
+
+
+def _leads_here(address: str | None) -> bool:
+    """Return whether an address leads every machine to itself, as a name of one's own often does."""
+    if address is None:
+        return False
+    found = ip_address(address)
+    mapped = found.ipv4_mapped if isinstance(found, IPv6Address) else None
+    return (mapped or found).is_loopback or (mapped or found).is_unspecified
 
 
 def _agent(

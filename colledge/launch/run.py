@@ -420,6 +420,10 @@ def report(folder: OutputFolder) -> Report:
     """
     chosen = read_plan(folder.plan)
     metrics = read_metrics(folder.metrics)
+    if not metrics:
+        raise ConfigError(
+            f"{folder.metrics}: holds no whole step, so there is nothing to report.", fix="train first."
+        )
     job = read_json(Job, folder.job)
     result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
     profiles = planning.read_profiles(folder) if chosen.prediction is not None else None

@@ -6,11 +6,13 @@ Keys are those of the files; attributes carry their units (`memory: 4 GB` is `me
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from colledge.errors import ConfigError
 from colledge.launch.config_file import PathKeys, read_config
@@ -208,10 +210,30 @@ class RunConfig(Record):
         return min(limits, default=None)
 
 
+_HOST = re.compile(r"(?![-.0-9]+$)[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+
+
+def _checked_host(text: str) -> str:
+    try:
+        ip_address(text)
+    except ValueError:
+        if not _HOST.fullmatch(text):
+            raise ValueError("wanted an address or a name alone, such as 192.168.1.10 or desk.lan") from None
+    return text
+
+
+def _checked_device_host(text: str) -> str:
+    user, at, host = text.rpartition("@")
+    if at:
+        _checked_host(user)
+    _checked_host(host)
+    return text
+
+
 class CoordinatorConfig(Record):
     """Where the coordinator listens; without a port it takes a free one."""
 
-    address: str = Field(default="127.0.0.1", min_length=1)
+    address: Annotated[str, AfterValidator(_checked_host)] = "127.0.0.1"
     port: int | None = Field(default=None, ge=1, le=65535, strict=True)
 
 
@@ -232,12 +254,13 @@ _PLACEHOLDER_GPU = PowerMode(name="default", idle_w=40, compute_w=250, communica
 class DeviceConfig(Record):
     """One device of the pool.
 
-    `threads` is for the CPU (all of them by default); without `memory` the device measures what is free. A device
-    with `catalog` is an entry of the catalog, to plan with and not to train on; `mode` is its power mode.
+    `host` is local or the device's address, as user@address where ssh needs a user. `threads` is for the CPU (all of
+    them by default); without `memory` the device measures what is free. A device with `catalog` is an entry of the
+    catalog, to plan with and not to train on; `mode` is its power mode.
     """
 
     id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    host: str = Field(default="local", min_length=1)
+    host: Annotated[str, AfterValidator(_checked_device_host)] = "local"
     accelerator: str = Field(default="cpu", pattern=r"^(cpu|cuda:[0-9]+)$")
     threads: int | None = Field(default=None, ge=1, strict=True)
     memory_bytes: Bytes | None = Field(default=None, alias="memory", gt=0)
@@ -415,7 +438,7 @@ def read_deepspeed(settings: DeepSpeedSettings) -> dict[str, JsonValue]:
         return {"zero_optimization": {"stage": settings.zero_stage}}
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         raise ConfigError(
             f"{path}: cannot be read as JSON ({fault}).", fix="mend deepspeed.config."
         ) from None

@@ -10,10 +10,10 @@ import psutil
 import torch
 
 _CGROUPS = Path("/sys/fs/cgroup")
-# Of both versions: the limit, what is used, and the name of what of it can be given back, in memory.stat.
+# Of both versions: the limits, what is used, and the name of what of it can be given back, in memory.stat.
 _FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": (("memory.max", "memory.high"), "memory.current", "inactive_file"),
+    "memory": (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
@@ -87,7 +87,8 @@ def cgroup_limits(membership: str, root: Path) -> list[tuple[int, int]]:
         top = root / version
         group = top / path.lstrip("/")
         for place in (group, *group.parents):
-            found += _limit(place, *_FILES[version])
+            limits, usage, idle = _FILES[version]
+            found += [room for name in limits for room in _limit(place, name, usage, idle)]
             if place == top:
                 break
     return found

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, said_by
 from colledge.models.conversion import stores_two_values
 from colledge.models.float64 import keep_float64
 from colledge.models.folder import check_folder
@@ -79,8 +79,9 @@ class HuggingFaceCausalLM:
             }
             self._config = AutoConfig.for_model(**values)
         except _BAD_CONFIGURATION as fault:
-            line = " ".join(str(fault).split())
-            raise ModelError(f"the model's configuration cannot be used ({line[:300]}).") from None
+            raise ModelError(
+                f"the model's configuration cannot be used ({said_by(fault)}).", fix="mend its config.json."
+            ) from None
         self.spec = ModelSpec(
             family="huggingface",
             config=values,
@@ -122,8 +123,10 @@ class HuggingFaceCausalLM:
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, *_BAD_CONFIGURATION) as fault:
-            line = " ".join(str(fault).split())
-            raise ModelError(f"{directory}/config.json cannot be used ({line}).") from None
+            raise ModelError(
+                f"{directory}/config.json cannot be used ({said_by(fault)}).",
+                fix="copy it again from where the model was saved.",
+            ) from None
         model = cls(config.to_dict())
         if model.tied and stores_two_values(directory, model.skeleton(), model.tied):
             for part in (config, config.get_text_config()):
@@ -143,8 +146,10 @@ class HuggingFaceCausalLM:
             try:
                 model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(self._config), dtype=dtype)
             except _BAD_CONFIGURATION as fault:
-                line = " ".join(str(fault).split())
-                raise ModelError(f"no causal language model for this configuration ({line[:300]}).") from None
+                raise ModelError(
+                    f"no causal language model for this configuration ({said_by(fault)}).",
+                    fix="use a causal language model, with the config.json that it was saved with.",
+                ) from None
         freeze_buffers(model)
         return model
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, said_by
 from colledge.records import write_atomically
 
 _MOST_BYTES = 2 * 1024**3  # of one file
@@ -95,7 +95,7 @@ class SafetensorsFiles(Mapping[str, Tensor]):
                 with safe_open(path, framework="pt") as file:
                     tensors |= {name: file.get_tensor(name) for name in inside}
             except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
-                raise ModelError(f"{path}: cannot be read ({_line(fault)}).", fix=_COPY) from None
+                raise ModelError(f"{path}: cannot be read ({said_by(fault)}).", fix=_COPY) from None
             for name in inside:
                 check_finite(f"{path}: {name!r}", tensors[name])
         return tensors
@@ -171,11 +171,16 @@ def _files(directory: Path, stem: str) -> list[Path]:
 def _names_in(index: Path) -> list[str]:
     """Return the names of the files that an index names, each of which is there."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        paths = [PurePosixPath(name) for name in names]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as fault:
-        raise ModelError(f"{index}: cannot be read ({_line(fault)}).", fix=_COPY) from None
+        value = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as fault:
+        raise ModelError(f"{index}: cannot be read ({said_by(fault)}).", fix=_COPY) from None
+    weight_map = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(f"{index}: has no weight_map from names of weights to names of files.", fix=_COPY)
+    if not isinstance(value.get("metadata", {}), dict):
+        raise ModelError(f"{index}: its metadata is no mapping.", fix=_COPY)
+    names = sorted(set(weight_map.values()))
+    paths = [PurePosixPath(name) for name in names]
     for name, path in zip(names, paths, strict=True):
         if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
             raise ModelError(
@@ -201,11 +206,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
                 found[name] = StoredTensor(path, tuple(part.get_shape()), stored, _DTYPES.get(stored))
         return found
     except (SafetensorError, OSError, RuntimeError, ValueError) as fault:
-        raise ModelError(f"{path}: cannot be read ({_line(fault)}).", fix=_COPY) from None
-
-
-def _line(fault: Exception) -> str:
-    return " ".join(str(fault).split())[:200] or type(fault).__name__
+        raise ModelError(f"{path}: cannot be read ({said_by(fault)}).", fix=_COPY) from None
 
 
 class WeightWriter:

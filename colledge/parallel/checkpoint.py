@@ -151,6 +151,11 @@ def read_state(checkpoint: Path) -> CheckpointState:
     """
     fix = "delete this checkpoint to go on from the one before."
     state = read_json(CheckpointState, checkpoint / "state.json")
+    if checkpoint != checkpoint_path(checkpoint.parent, state.step):
+        raise ConfigError(f"{checkpoint}/state.json: says step {state.step}.", fix=fix)
+    unknown = sorted({path.name for path in checkpoint.glob("*.safetensors")} - state.files.keys())
+    if unknown:
+        raise ConfigError(f"{checkpoint}/state.json: has no SHA-256 of {unknown[0]}.", fix=fix)
     for name, wanted in state.files.items():
         path = checkpoint / name
         try:

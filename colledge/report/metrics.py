@@ -6,14 +6,13 @@ is written again: the later line holds. A resumed run first drops the steps that
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import Field
 
 from colledge.errors import ConfigError
 from colledge.plan import DeviceFigures
-from colledge.records import Record, parse_record, write_atomically
+from colledge.records import Record, parse_json, parse_record, write_atomically
 
 
 class StepMetrics(Record):
@@ -84,8 +83,8 @@ def read_metrics(path: Path) -> list[StepMetrics]:
     for number, raw in enumerate(lines, start=1):
         where = f"{path}, line {number}"
         try:
-            value = json.loads(raw)
-        except ValueError as fault:
+            value = parse_json(raw)
+        except (ValueError, RecursionError) as fault:
             raise ConfigError(f"{where}: not JSON ({fault}).", fix="mend or delete the line.") from None
         metrics = parse_record(StepMetrics, value, where)
         steps[metrics.step] = metrics

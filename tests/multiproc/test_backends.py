@@ -201,6 +201,7 @@ def test_auto_never_contradicts_and_deepspeed_never_sees_it() -> None:
         ({"train_micro_batch_size_per_gpu": 4}, "wanted 2 of a replica"),
         ({"gradient_accumulation_steps": 1}, "wanted 2 of the plan"),
         ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, wanted 0.5"),
+        ({"torch_autocast": {"enabled": True}}, "'torch_autocast', which run.yaml says by precision"),
         ({"bf16": {"enabled": True}}, "'bf16', which run.yaml says by precision"),
         ({"optimizer": {"type": "Adam"}}, "optimizer.type is 'Adam', wanted adamw"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}, r"optimizer.params.lr is 3e-05, wanted"),

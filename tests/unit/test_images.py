@@ -459,3 +459,12 @@ def test_damaged_pngs(tmp_path: Path) -> None:
     for content in (b"", b"not an image", whole[:20], whole[: len(whole) // 2]):
         first.write_bytes(content)
         assert "0000.png: cannot be read (" in fault_of(tmp_path)
+
+
+def test_pictures_of_no_class_or_of_no_kind_that_is_read_are_said(tmp_path: Path) -> None:
+    pytest.importorskip("PIL", reason="needs Pillow")
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.jpeg").write_bytes(b"")
+    assert "no .png and are not read (1 .jpeg)" in fault_of(tmp_path)
+    (tmp_path / "train" / "2.webp").write_bytes(b"")
+    assert "train: 1 picture(s) of no class are not read, such as 2.webp" in fault_of(tmp_path)

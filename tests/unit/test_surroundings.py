@@ -121,6 +121,8 @@ def test_limits_of_all_control_groups_above_count_and_what_they_use(tmp_path: Pa
         group(place / "user", "1000", 700, 100, version)
         group(place / "user" / "job", "2000", 50, 0, version)
         assert cgroup_limits(f"1:name=systemd:/x\n{line}\n", top) == [(2000, 1950), (1000, 400)]
+    (tmp_path / "v2" / "user" / "memory.high").write_text("900")
+    assert (900, 300) in cgroup_limits("0::/user/job", tmp_path / "v2")
     group(tmp_path / "v2", "500", 900, 0, 2)  # already above it
     assert cgroup_limits("0::/nowhere", tmp_path / "v2") == [(500, 0)]
     assert cgroup_limits("", tmp_path) == []

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from colledge.data.text.tokens import Tokenizer
-from colledge.errors import ModelError
+from colledge.errors import ModelError, said_by
 
 BYTES = "bytes"
 _END = 256
@@ -51,10 +51,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return cast(
             Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         )
-    except (OSError, ValueError, KeyError) as fault:
-        line = " ".join(str(fault).split())[:200]
+    except (
+        BaseException
+    ) as fault:  # the libraries raise whatever malformed files make of them, Rust's own too
+        if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
+            raise
         raise ModelError(
-            f"{folder}: no usable tokenizer there ({line}).",
+            f"{folder}: no usable tokenizer there ({said_by(fault)}).",
             fix="save the tokenizer beside the model with tokenizer.save_pretrained.",
         ) from None
 

@@ -11,7 +11,7 @@ from colledge.plan import Plan
 from colledge.settings import OptimizerSettings
 
 _AUTO = "auto"  # in DeepSpeed's configurations: whatever the run says
-_NARROW = ("fp16", "bf16", "amp")  # sections that run.yaml says by precision
+_NARROW = ("fp16", "bf16", "bfloat16", "amp", "torch_autocast")  # sections that run.yaml says by precision
 _ELSEWHERE = ("optimizer", "scheduler", *_NARROW)
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 _MANY_STEPS = 1 << 40
@@ -59,11 +59,12 @@ def check_config(
     Raises:
         ConfigError: They contradict each other.
     """
+    given = {key: without_auto(value) for key, value in given.items() if value != _AUTO}
     for section in _NARROW:
         value = given.get(section)
-        if isinstance(value, dict) and value.get("enabled", False) in (False, _AUTO):
+        if isinstance(value, dict) and not value.get("enabled"):
             continue
-        if value not in (None, _AUTO):
+        if value is not None:
             raise _said_elsewhere(section, "precision")
     _check_optimizer(given, optimizer)
     _check_scheduler(given, optimizer)
@@ -80,7 +81,7 @@ def check_config(
     assert isinstance(zero, dict)
     for key in ("offload_optimizer", "offload_param", "cpu_offload"):
         part = zero.get(key)
-        if part and not (isinstance(part, dict) and part.get("device") == "none"):
+        if part and not (isinstance(part, dict) and part.get("device", "none") == "none"):
             raise ConfigError(
                 f"deepspeed: zero_optimization.{key} is set, and devices of this backend train on their CPUs.",
                 fix="take it out.",

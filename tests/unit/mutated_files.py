@@ -1,0 +1,631 @@
+"""One of every file that colledge reads, the commands that read it, and what may become of a damaged one.
+
+A command ends with one clear line, or does what the file says: what it used is held against what the file holds, by
+json, yaml, transformers and PEFT.
+
+    python -m tests.unit.mutated_files --count 5000 --seed 9
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+import yaml
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+
+from colledge.launch.cli import main
+from colledge.launch.job import Job, OutputFolder
+from colledge.launch.run_config import load_pool, load_run
+from colledge.launch.saved_model import write_adapter
+from colledge.models import HuggingFaceCausalLM
+from colledge.parallel.checkpoint import CheckpointState
+from tests.unit.mutations import Format, mutate
+
+_HANG_S = 20.0  # of this process's own time, for commands that take a tenth of a second
+_BARE = re.compile(
+    r"Traceback|NoneType|object (has no attribute|is not|cannot be)|'(int|str|float|list|dict|bool|tuple)' (object|and)|"
+    r"unsupported operand|not supported between|argument of type|index out of range|indices must be|unhashable|"
+    r"panicked|PanicException|(Key|Type|Index|Attribute|Unbound\w+|Assertion|Recursion)Error|not enough values|"
+    r"too many values|takes .* positional|missing \d+ required|unexpected keyword|has no len|must be real number|"
+    r"cannot unpack|expected (str|string)(,| or) bytes|maximum recursion|<class |0x[0-9a-f]{6}|\(\)\.|\bself\b"
+)
+_OF_TEMPLATES = re.compile(r"chat template refuses these messages \(.*\)")  # in the words of its expressions
+CHATML = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_PROMPT = "what is 3?"
+
+
+class Hang(BaseException):
+    """A command that takes for ever; no `except Exception` stops it."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    output: str
+    errors: str
+
+
+def run(folder: Path, *arguments: str) -> Ended:
+    """Run a command of colledge in this process, as its main function does."""
+    code: Any = "no exit"
+    with (
+        redirect_stdout(io.StringIO()) as output,
+        redirect_stderr(io.StringIO()) as errors,
+        mock.patch.object(sys, "argv", ["colledge", *arguments]),
+        _limited(),
+    ):
+        before = os.getcwd()
+        os.chdir(folder)
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+        except BaseException as fault:  # what a user would see as a traceback
+            if isinstance(fault, KeyboardInterrupt):
+                raise
+            traceback.print_exc(file=errors)
+        finally:
+            os.chdir(before)
+    return Ended(code if isinstance(code, int) else 99, output.getvalue(), errors.getvalue())
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise Hang
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _HANG_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+# -- the files -----------------------------------------------------------------------------------------------------
+
+_CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"what is {n}?"},
+            {"role": "assistant", "content": "it is " + "x" * n},
+        ]
+    }
+    for n in range(1, 9)
+]
+_RUN = """\
+model: model
+data: {train: data.jsonl, sequence_length: 32, packing: false}
+batch: {global_size: 4}
+optimizer: {name: adamw, learning_rate: 1.0e-3, schedule: linear, warmup_steps: 1}
+steps: 4
+seed: 3
+pool: pool.yaml
+output: fresh
+"""
+_POOL = """\
+coordinator: {address: 127.0.0.1, port: 29513}
+devices:
+  - {id: a, threads: 1, memory: 2 GB, power: {idle_w: 2, compute_w: 8, communicate_w: 4}}
+  - {id: b, accelerator: cpu, emulate: {slowdown: 2, bandwidth: 100 Mbit/s, latency: 1 ms}}
+"""
+_CATALOG_POOL = """\
+devices:
+  - {id: a, catalog: jetson-orin-nano, memory: 6 GB}
+  - {id: b, catalog: raspberry-pi-5}
+segments: [{name: wifi, devices: [a, b], bandwidth: 300 Mbit/s, latency: 3 ms}]
+"""
+_FEDERATION = """\
+strategy: {name: fedavg}
+rounds: {count: 2, quorum: 0.5, deadline: 10 s}
+data: {source: data.jsonl, text: {tokenizer: bytes, sequence_length: 16}, split: {iid: true}, public: 0.1}
+models: {small: {architecture: llama, hidden: 8, intermediate: 16, heads: 2, kv_heads: 1, blocks: 1}}
+local: {epochs: 1, batch_size: 4, optimizer: {name: sgd, learning_rate: 0.1}}
+nodes:
+  - {id: cloud, model: small, trainer: pool.yaml}
+  - {id: end, count: 2, parent: cloud, model: small, device: raspberry-pi-5, bandwidth: 20 Mbit/s, latency: 5 ms}
+seed: 2
+output: federation
+"""
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(
+        ["what is it? it is"], vocab_size=264, special_tokens=["</s>", "<s>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend._tokenizer, eos_token="</s>", bos_token="<s>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def build(folder: Path) -> Path:
+    """Write every file; return the folder."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=272, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, bos_token_id=1, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for name, most in (("model", "1GB"), ("shards", "20KB")):
+        model.save_pretrained(folder / name, max_shard_size=most)
+        _tokenizer().save_pretrained(folder / name)
+    (folder / "data.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in _CHATS))
+    (folder / "run.yaml").write_text(_RUN)
+    (folder / "pool.yaml").write_text(_POOL)
+    (folder / "catalog-pool.yaml").write_text(_CATALOG_POOL)
+    (folder / "catalog.yaml").write_text(
+        _RUN.replace("pool.yaml", "catalog-pool.yaml").replace("fresh", "planned")
+    )
+    (folder / "federation.yaml").write_text(_FEDERATION)
+    shard = {"device": "a", "fraction": 1.0}
+    (folder / "plan.json").write_text(
+        json.dumps(
+            {
+                "schema": "colledge/plan/1",
+                "num_layers": 4,
+                "global_batch_size": 4,
+                "microbatch_size": 2,
+                "schedule": {"name": "1f1b", "warmup": [2, 1]},
+                "stages": [
+                    {"layers": [0, 2], "replicas": [{"samples": 2, "shards": [shard]}]},
+                    {"layers": [2, 4], "replicas": [{"samples": 2, "shards": [{**shard, "device": "b"}]}]},
+                ],
+                "recompute": [False, True],
+            }
+        )
+    )
+    for command in (["profile", "catalog.yaml"], ["plan", "catalog.yaml"]):
+        ended = run(folder, *command)
+        assert ended.code == 0, ended.errors
+    _write_runs(folder)
+    return folder
+
+
+def _write_runs(folder: Path) -> None:
+    """Write what trainings leave: a model, an adapter, or two checkpoints; and figures of each step."""
+    planned = json.loads((folder / "planned" / "plan.json").read_text())
+    figures = planned["prediction"]["devices"]
+    steps = [
+        {"step": n, "loss": 5.0 / n, "step_s": 0.5, "tokens": 100, "energy_joules": 7.0, "learning_rate": 1e-3,
+         "devices": figures} for n in range(1, 5)
+    ]  # fmt: skip
+    (folder / "planned" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    (folder / "planned" / "outcome.json").write_text(
+        json.dumps(
+            {
+                "schema": "colledge/outcome/1",
+                "steps": 4,
+                "step": 3,
+                "best_loss": 1.5,
+                "stopped_early": "it was",
+            }
+        )
+    )
+    lora = ["method=lora", "lora.rank=2", "lora.targets=[q_proj, v_proj]"]
+    jobs = {"planned": [], "trained": [], "stopped": [], "adapted": lora}
+    for name, overrides in jobs.items():
+        source = "catalog.yaml" if name == "planned" else "run.yaml"
+        made = load_run(folder / source, [*overrides, f"output={folder / name}"])
+        pool = load_pool(made.pool)
+        output = OutputFolder(folder / name)
+        output.create()
+        job = Job(
+            kind="train", run=made, pool=pool, model=folder / "model", devices=("a", "b"), output=folder / name,
+        )  # fmt: skip
+        output.job.write_text(job.to_json())
+        if name == "adapted":
+            assert made.adapters is not None
+            adapted = HuggingFaceCausalLM.from_directory(folder / "model", made.adapters, probe=False)
+            values = {key: torch.randn(shape) for key, shape in adapted.adapter_shapes.items()}
+            write_adapter([values], made.adapters, str(folder / "model"), folder / "model", output.adapter)
+    shutil.copytree(folder / "model", folder / "trained" / "model")
+    plain = HuggingFaceCausalLM.from_directory(folder / "model", probe=False)
+    weights = load_file(folder / "model" / "model.safetensors")
+    for step in (2, 4):
+        checkpoint = folder / "stopped" / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        digests = {}
+        for index, name in enumerate(plain.layer_names):
+            path = checkpoint / f"{name}.safetensors"
+            save_file({key: weights[key] + step for key in plain.layer_parameters(index)}, path)
+            digests[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        state = CheckpointState(step=step, seed=3, validation={step: 2.5}, files=digests)
+        (checkpoint / "state.json").write_text(state.to_json())
+
+
+# -- what may become of them -----------------------------------------------------------------------------------------
+
+_OPTIONAL = ("planned/planning.json", "planned/outcome.json")  # a report goes without them
+Check = Callable[[Path, Ended], str | None]  # what a command that went through did wrong, None for nothing
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: where it lies, the command that reads it, what its faults may name, and what it must do."""
+
+    path: str
+    format: Format
+    command: tuple[str, ...]
+    check: Check
+    names: tuple[str, ...] = ()
+    probed: bool = False
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What a line about the file may name: itself, its folder, or what it is about."""
+        path = Path(self.path)
+        return (path.name, *self.names, *((str(path.parent),) if len(path.parts) > 1 else ()))
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+class _OnceLoader(yaml.SafeLoader):
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        if len({*map(str, keys)}) < len(keys):
+            raise ValueError("a key stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def as_said(path: str, folder: Path, ended: Ended) -> str | None:
+    """Hold a file of our own against the strictest reading of it: plain UTF-8, each key once."""
+    if path in _OPTIONAL and not (folder / path).exists():
+        return None
+    text = (folder / path).read_bytes().decode("utf-8")
+    if path.endswith(".yaml"):
+        value = yaml.load(text, Loader=_OnceLoader)  # noqa: S506: a safe loader
+    else:
+        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_no_number)
+    return None if isinstance(value, dict) else "went through, and the file is no mapping"
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
+
+
+def same_report(folder: Path, ended: Ended) -> str | None:
+    """Hold a report against metrics.jsonl, read by hand."""
+    lines = (folder / "planned" / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+    steps = {value["step"]: value for value in map(json.loads, lines)}
+    report = json.loads((folder / "planned" / "report.json").read_text())
+    first, last = steps[min(steps)], steps[max(steps)]
+    if not math.isclose(report["final_loss"], last["loss"], rel_tol=1e-9):
+        return f"its final loss is {report['final_loss']}, the file's {last['loss']}"
+    if not math.isclose(report["first_loss"], first["loss"], rel_tol=1e-9):
+        return f"its first loss is {report['first_loss']}, the file's {first['loss']}"
+    return None
+
+
+def same_count(folder: Path, ended: Ended) -> str | None:
+    """Hold the number of examples against the lines of the file, each of which is a chat."""
+    lines = [
+        line for line in (folder / "data.jsonl").read_text(encoding="utf-8-sig").splitlines() if line.strip()
+    ]
+    for line in lines:
+        value = json.loads(line, object_pairs_hook=_pairs)
+        if not isinstance(value, dict):
+            return f"took a line that is no object: {line[:80]}"
+    seen = re.search(r": ([\d,]+) example", ended.output)
+    counted = int(seen[1].replace(",", "")) if seen else 0
+    left_out = re.search(r"^([\d,]+) example\(s\) hold no text and were left out", ended.output, re.MULTILINE)
+    counted += int(left_out[1]) if left_out else 0
+    return None if counted == len(lines) else f"saw {counted} examples, the file has {len(lines)} lines"
+
+
+def same_text(where: str, folder: Path, ended: Ended) -> str | None:
+    """Hold what was generated against transformers', whose weights must all have been in the files."""
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder / where, output_loading_info=True)
+    for what in ("missing_keys", "mismatched_keys"):
+        if loaded[what]:
+            return f"weights were drawn at random: {what} {sorted(loaded[what])[:2]}"
+    if not all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()):
+        return "a weight is no number"
+    tokenizer = AutoTokenizer.from_pretrained(folder / where)
+    return _compare_text(model, tokenizer, ended)
+
+
+def same_adapted_text(folder: Path, ended: Ended) -> str | None:
+    """Hold what was generated with an adapter against PEFT's, all of whose values must have been in the file."""
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+
+    where = folder / "adapted" / "adapter"
+    config = PeftConfig.from_pretrained(where)
+    base = AutoModelForCausalLM.from_pretrained(str(config.base_model_name_or_path))
+    model = PeftModel.from_pretrained(base, where)
+    stored = load_file(where / "adapter_model.safetensors")
+    state = get_peft_model_state_dict(model)
+    if stored.keys() != state.keys():
+        return f"the file has {len(stored)} values, the adapter {len(state)}"
+    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+        return "a value is no number"
+    return _compare_text(model, AutoTokenizer.from_pretrained(where), ended)
+
+
+def _compare_text(model: Any, tokenizer: Any, ended: Ended) -> str | None:
+    ids = tokenizer(_PROMPT, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        made = model.eval().generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False
+        )
+    wanted = tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return None if ended.output == f"{wanted}\n" else f"said {ended.output!r}, transformers {wanted!r}"
+
+
+def same_weights(source: str, folder: Path, ended: Ended) -> str | None:
+    """Hold what was exported against what the files have, by transformers' own reading."""
+    theirs, loaded = AutoModelForCausalLM.from_pretrained(folder / source, output_loading_info=True)
+    if loaded["missing_keys"] or loaded["mismatched_keys"]:
+        return f"weights were missing: {loaded}"
+    ours = AutoModelForCausalLM.from_pretrained(folder / "exported").state_dict()
+    for name, tensor in theirs.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            return f"{name} is no number"
+        if not torch.equal(ours[name], tensor):
+            return f"{name} was exported with other values"
+    return None
+
+
+def whole_or_said(folder: Path, ended: Ended) -> str | None:
+    """Have a damaged checkpoint named where an older one is taken, and never taken itself."""
+    newest = folder / "stopped" / "checkpoint-4"
+    said = "checkpoint-4/" in ended.output + ended.errors
+    try:
+        state = json.loads((newest / "state.json").read_text(), object_pairs_hook=_pairs)
+        layers = {path.name for path in (folder / "stopped" / "checkpoint-2").glob("*.safetensors")}
+        whole = state["step"] == 4 and layers <= state["files"].keys()
+        digests = {name: hashlib.sha256((newest / name).read_bytes()).hexdigest() for name in state["files"]}
+        whole = whole and digests == state["files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole and not said:
+        return "the newest checkpoint is damaged, and an older one was taken without a word"
+    if "exported" not in os.listdir(folder):
+        return None
+    tensor = load_file(folder / "exported" / "model.safetensors")["model.norm.weight"]
+    step = 2 if said else 4
+    return None if torch.all(tensor == 1 + step) else f"what was exported is not of step {step}"
+
+
+def loads_whole(where: str, folder: Path, ended: Ended) -> str | None:
+    """Have a model that was taken be one that transformers loads with nothing drawn at random."""
+    model, loaded = AutoModelForCausalLM.from_pretrained(folder / where, output_loading_info=True)
+    for what in ("missing_keys", "mismatched_keys"):
+        if loaded[what]:
+            return f"{what} {sorted(loaded[what])[:2]}"
+    finite = all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    return None if finite else "a weight is no number"
+
+
+def rendered(where: str, folder: Path, ended: Ended) -> str | None:
+    """Have a tokenizer that was taken be one that transformers takes, with a template that renders every chat."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / where)
+    total = sum(
+        len(tokenizer.apply_chat_template(chat["messages"], tokenize=True, return_dict=False))
+        for chat in _CHATS
+    )
+    seen = re.search(r"^([\d,]+) tokens", ended.output, re.MULTILINE)
+    counted = int(seen[1].replace(",", "")) if seen else None
+    return None if counted == total else f"saw {counted} tokens, transformers {total}"
+
+
+_DRY = ("train", "run.yaml", "--plan", "plan.json", "--dry-run")
+_REPORT = ("report", "planned")
+_CHECK = ("data", "check", "data.jsonl", "--model", "model")
+_EXPORT = ("export", "stopped", "-o", "exported")
+_EXPORT_MODEL = ("export", "trained", "-o", "exported")
+_PROFILES = (
+    *("plan", "--pool-profile", "planned/pool-profile.json", "--global-batch-size", "4"),
+    *("--model-profile", "planned/model-profile.json"),
+)
+
+
+def _generate(folder: str) -> tuple[str, ...]:
+    return ("generate", folder, "--prompt", _PROMPT, "--max-new-tokens", "3")
+
+
+def _own(path: str, format: Format, command: tuple[str, ...], *names: str) -> Kind:
+    return Kind(path, format, command, partial(as_said, path), names)
+
+
+def _of_model(path: str, format: Format, folder: str = "model", *names: str) -> Kind:
+    return Kind(f"{folder}/{path}", format, _generate(folder), partial(same_text, folder), (folder, *names))
+
+
+RECORDS = (
+    _own("run.yaml", "yaml", _DRY, "output", "model", "plan", "data"),
+    _own("pool.yaml", "yaml", _DRY, "pool"),
+    _own("plan.json", "json", _DRY, "plan"),
+    _own("catalog-pool.yaml", "yaml", ("profile", "catalog.yaml", "-o", "again"), "profile", "catalog"),
+    _own("planned/pool-profile.json", "json", _PROFILES, "pool", "device", "link", "memory"),
+    _own("planned/model-profile.json", "json", _PROFILES, "model", "layer", "memory"),
+    _own("planned/plan.json", "json", _REPORT, "plan"),
+    _own("planned/planning.json", "json", _REPORT, "plan"),
+    _own("planned/job.json", "json", _REPORT, "job"),
+    _own("planned/outcome.json", "json", _REPORT, "outcome"),
+    Kind("planned/metrics.jsonl", "jsonl", _REPORT, same_report),
+    _own("federation.yaml", "yaml", ("federate", "simulate", "federation.yaml", "--print-commands"), "nodes"),
+    Kind("data.jsonl", "jsonl", ("data", "check", "data.jsonl"), same_count),
+    Kind("data.jsonl", "jsonl", _CHECK, same_count),
+    _own("stopped/job.json", "json", _EXPORT, "job", "model", "pool"),
+    Kind("stopped/checkpoint-4/state.json", "json", _EXPORT, whole_or_said, ("checkpoint",)),
+    Kind("stopped/checkpoint-4/block.0.safetensors", "safetensors", _EXPORT, whole_or_said, ("checkpoint",)),
+)
+MODELS = (
+    _of_model("config.json", "json"),
+    Kind("model/config.json", "json", _DRY, partial(loads_whole, "model"), ("model", "layers"), probed=True),
+    _of_model("generation_config.json", "json"),
+    _of_model("model.safetensors", "safetensors"),
+    Kind("model/model.safetensors", "safetensors", _DRY, partial(loads_whole, "model"), ("model",)),
+    _of_model("model.safetensors.index.json", "json", "shards"),
+    _of_model("model-00001-of-00003.safetensors", "safetensors", "shards"),
+    Kind("model/tokenizer.json", "json", _CHECK, partial(rendered, "model"), ("tokenizer",)),
+    Kind("model/tokenizer_config.json", "json", _CHECK, partial(rendered, "model"), ("tokenizer",)),
+    _of_model("tokenizer.json", "json", "model", "tokenizer"),
+    Kind("model/chat_template.jinja", "text", _CHECK, partial(rendered, "model"), ("chat template",)),
+    *(
+        Kind(f"adapted/adapter/adapter_{path}", format, _generate("adapted"), same_adapted_text, ("adapter",))
+        for path, format in (("config.json", "json"), ("model.safetensors", "safetensors"))
+    ),
+    Kind(
+        "trained/model/model.safetensors",
+        "safetensors",
+        _EXPORT_MODEL,
+        partial(same_weights, "trained/model"),
+    ),
+    Kind(
+        "trained/model/config.json", "json", _EXPORT_MODEL, partial(same_weights, "trained/model"), ("model",)
+    ),
+)
+
+
+# -- trials ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of one damaged file; `wrong` is None where that is as it should be."""
+
+    kind: Kind
+    number: str
+    how: str
+    refused: bool
+    wrong: str | None
+
+    def __str__(self) -> str:
+        """Return what a reader needs to see it again."""
+        return (
+            f"{' '.join(self.kind.command[:2])} < {self.kind.path} [{self.number}, {self.how}]: {self.wrong}"
+        )
+
+
+def judge(kind: Kind, folder: Path, ended: Ended) -> str | None:
+    """Return what is wrong with how a command ended, None for nothing."""
+    bare = _BARE.search(ended.errors) or _BARE.search(_OF_TEMPLATES.sub("", ended.output))
+    if bare is not None or ended.code == 99:
+        return f"says {bare[0] if bare else 'nothing'!r}: {ended.errors[-600:]}"
+    if ended.code == 0:
+        try:
+            return kind.check(folder, ended)
+        except Exception as fault:  # the file cannot be read as it should, and the command went through
+            return f"went through, but: {type(fault).__name__}: {str(fault)[:300]}"
+    lines = [line for line in ended.errors.splitlines() if line.startswith("colledge: ")]
+    if len(lines) != 1 or " Fix: " not in lines[0] or len(lines[0]) > 1500:
+        return f"no clear line: {ended.errors[-600:]!r}"
+    if not any(
+        word in lines[0] + ended.output for word in kind.words
+    ):  # `data check` prints faults before its end
+        return f"names none of {kind.words}: {lines[0]}"
+    return None
+
+
+def trial(folder: Path, kind: Kind, number: str) -> Trial:
+    """Damage a file, run the command that reads it, and put the file back."""
+    generator = random.Random(f"{kind.path} {kind.command} {number}")
+    path = folder / kind.path
+    whole = path.read_bytes()
+    others = [
+        (folder / other).read_bytes()
+        for other in ("run.yaml", "plan.json", "data.jsonl", "shards/config.json")
+    ]
+    how, content = mutate(whole, kind.format, others, generator)
+    try:
+        if content is None:
+            path.unlink()
+        else:
+            path.write_bytes(content)
+        with nullcontext() if kind.probed else mock.patch("colledge.models.huggingface.check_parts"):
+            ended = run(folder, *kind.command)
+        return Trial(kind, number, how, ended.code != 0, judge(kind, folder, ended))
+    finally:
+        path.write_bytes(whole)
+        for made in ("exported", "again"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+
+
+@contextmanager
+def world() -> Iterator[Path]:
+    """Give a folder with one of every file, where nothing can be fetched."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fetch(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("there is no network here")
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        mock.patch("colledge.launch.inputs.snapshot_download", fetch),
+        mock.patch.dict(os.environ, {"COLUMNS": "200", "XDG_CACHE_HOME": f"{temporary}/cache"}),
+    ):
+        folder = Path(temporary) / "a" / "b" / "files"
+        folder.mkdir(parents=True)
+        build(folder)
+        for kind in (*RECORDS, *MODELS):
+            ended = run(folder, *kind.command)
+            assert ended.code == 0, f"{kind.path}: {ended.errors}"
+            wrong = kind.check(folder, ended)
+            assert wrong is None, f"{kind.path}: {wrong}"
+            shutil.rmtree(folder / "exported", ignore_errors=True)
+        yield folder
+
+
+def trials(folder: Path, kinds: tuple[Kind, ...], count: int, seed: int) -> Iterator[Trial]:
+    """Yield so many trials, dealt to the kinds in turn."""
+    for number in range(count):
+        yield trial(folder, kinds[number % len(kinds)], f"{seed}.{number}")
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--of", default="", help="only files whose path contains this")
+    arguments = parser.parse_args()
+    kinds = tuple(kind for kind in (*RECORDS, *MODELS) if arguments.of in kind.path)
+    counts: Counter[str] = Counter()
+    with world() as folder:
+        for one in trials(folder, kinds, arguments.count, arguments.seed):
+            counts["wrong" if one.wrong else "refused" if one.refused else "taken"] += 1
+            if one.wrong:
+                print(one, flush=True)
+    print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+
+
+if __name__ == "__main__":
+    _main()
