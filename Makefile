@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test lint benchmark examples clean
+.PHONY: install demo test lint benchmark examples model-types clean
 
 install: $(INSTALLED)
 
@@ -33,6 +33,9 @@ examples: install ## the examples' profiles and plans, and what docs/plan.md quo
 	  $(BIN)/colledge profile examples/$$name/run.yaml && $(BIN)/colledge plan examples/$$name/run.yaml || exit 1; \
 	done
 	$(BIN)/python docs/quotes.py
+
+model-types: install ## which causal model types of transformers train exactly: docs/model-types.md
+	$(BIN)/python docs/model_types.py
 
 clean:
 	rm -rf $(VENV) demo out

@@ -31,6 +31,7 @@ from colledge.errors import ConfigError, DataError, ModelError
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import RunConfig
 from colledge.models import HuggingFaceCausalLM
+from colledge.parallel.setup import decays
 
 _WANTED_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
@@ -79,9 +80,16 @@ def open_model(run: RunConfig, folder: Path, *, probe: bool = True) -> HuggingFa
     Raises:
         ModelError: It cannot be cut into layers, or the adapters do not fit it.
     """
-    return HuggingFaceCausalLM.from_directory(
+    model = HuggingFaceCausalLM.from_directory(
         folder, run.adapters, run.mixed_precision, run.frozen_precision, probe=probe
     )
+    shrunk = sorted(name for name in model.unreached if model.trains(name) and decays(name))
+    if shrunk and run.optimizer.weight_decay > 0:
+        raise ModelError(
+            f"no loss reaches {shrunk[0]} ({len(shrunk)} such), so optimizer.weight_decay would only shrink it.",
+            fix="set optimizer.weight_decay to 0.",
+        )
+    return model
 
 
 def check_output(run: RunConfig, model_folder: Path) -> None:

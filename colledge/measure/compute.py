@@ -164,7 +164,10 @@ class StageBench:
         self._shard = OutputShard(columns, ops) if columns is not None and ops is not None else None
         self._generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters.values():
-            nn.init.normal_(parameter, std=0.02, generator=self._generator)
+            if parameter.is_floating_point():
+                nn.init.normal_(parameter, std=0.02, generator=self._generator)
+            else:
+                nn.init.zeros_(parameter)
         if workload.device.type != "cpu":
             module.to(workload.device)
         self._module = module

@@ -7,8 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+)
 
 from colledge.errors import ModelError
+
+_FIX = "use one such as Llama, Qwen3, Gemma 3 or GPT-2."
+_OTHER_HEADS = {
+    "ForSequenceClassification": "a classifier of texts",
+    "ForTokenClassification": "a classifier of tokens",
+    "ForQuestionAnswering": "a model that answers from a text",
+    "ForMultipleChoice": "a model of multiple choice",
+    "ForMaskedLM": "an encoder",
+    "ForImageClassification": "a classifier of images",
+    "ForAudioClassification": "a classifier of sounds",
+}
+_SEQ2SEQ = (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys() | MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES.keys()
+)
 
 
 def check_folder(directory: Path) -> None:
@@ -39,6 +59,13 @@ def check_folder(directory: Path) -> None:
             "is the output of a run, not a model",
             f"give {directory / 'model'}, or colledge export it.",
         )
+    elif (directory / "model_index.json").is_file():
+        seen, fix = "is a diffusion pipeline; colledge trains decoder-only causal language models", _FIX
+    elif (directory / "modules.json").is_file():
+        seen, fix = (
+            "is a model of sentence embeddings; colledge trains decoder-only causal language models",
+            _FIX,
+        )
     elif any(directory.glob("*.gguf")):
         seen, fix = "holds GGUF files, which are for llama.cpp", "give the model that they were made from."
     raise ModelError(f"{directory}: {seen}.", fix=fix)
@@ -53,6 +80,27 @@ def _check_type(directory: Path, config: dict[str, Any]) -> None:
             f"{directory}: model type {kind!r} comes with code of its own, which is not run.",
             fix="use a model of a type that transformers knows.",
         )
+    what = _other_kind(config, kind) if isinstance(kind, str) and known else None
+    if what is not None:
+        raise ModelError(
+            f"{directory}: is {what}; colledge trains decoder-only causal language models.", fix=_FIX
+        )
+
+
+def _other_kind(config: dict[str, Any], kind: str) -> str | None:
+    """Return in words what a model is that is no decoder-only causal language model."""
+    names = config.get("architectures")
+    architectures = [str(name) for name in names] if isinstance(names, list) else []
+    for suffix, what in _OTHER_HEADS.items():
+        if any(name.endswith(suffix) for name in architectures):
+            return f"{what} ({', '.join(architectures)})"
+    if kind in _SEQ2SEQ:
+        return f"an encoder-decoder ({kind})"
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.get("is_decoder") is not True:
+        return f"an encoder ({kind})"
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return f"no language model ({kind})"
+    return None
 
 
 def _values(path: Path) -> dict[str, Any] | None:

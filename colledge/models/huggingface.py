@@ -26,7 +26,7 @@ from colledge.models.float64 import keep_float64
 from colledge.models.folder import check_folder
 from colledge.models.layered import ModelSpec, StageModule
 from colledge.models.lora import attach_adapters, cut_adapters, is_adapter, plain_name
-from colledge.models.precision import HELD, hold_frozen
+from colledge.models.precision import BUFFER, HELD, hold_frozen
 from colledge.models.probe import check_parts
 from colledge.models.sharding import (
     ShardedBlock,
@@ -69,6 +69,7 @@ class HuggingFaceCausalLM:
         ModelError: The structure is not embeddings -> blocks -> norm -> head; the message shows what was found.
     """
 
+    unreached: frozenset[str] = frozenset()  # parameters that no loss reaches, where a probe looked for them
     input_name, input_dtype = "input_ids", torch.int64
     context_names = ("attention_mask",)
 
@@ -140,9 +141,10 @@ class HuggingFaceCausalLM:
             for part in (config, config.get_text_config()):
                 part.tie_word_embeddings = False
             model = cls(config.to_dict())
-        if probe:
-            check_parts(model)
-        return cls(config.to_dict(), lora, mixed_precision, frozen_precision)
+        unreached = check_parts(model) if probe else frozenset()
+        opened = cls(config.to_dict(), lora, mixed_precision, frozen_precision)
+        opened.unreached = unreached
+        return opened
 
     def skeleton(self) -> nn.Module:
         """Return the library's whole model on the meta device, without adapters."""
@@ -157,6 +159,7 @@ class HuggingFaceCausalLM:
                     f"no causal language model for this configuration ({said_by(fault)}).",
                     fix="use a causal language model, with the config.json that it was saved with.",
                 ) from None
+        freeze_buffers(model)
         return model
 
     def _adapted_skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -174,7 +177,9 @@ class HuggingFaceCausalLM:
                 f"lora.blocks is {list(blocks)}, the model has blocks 0 to {self.structure.num_blocks - 1}.",
                 fix="name blocks that are there, or leave lora.blocks out for all of them.",
             )
-        found = dict(self._adapted_skeleton().named_parameters(remove_duplicate=False))
+        idle = tuple(f"{path}." for path in self.structure.idle)
+        named = self._adapted_skeleton().named_parameters(remove_duplicate=False)
+        found = {name: parameter for name, parameter in named if not name.startswith(idle)}
         self._shapes = {plain_name(name): tuple(p.shape) for name, p in found.items()}
         self._trained = frozenset(plain_name(name) for name, p in found.items() if p.requires_grad)
         outside = [name for name in self._shapes if is_adapter(name) and not self._block_prefix(name)]
@@ -215,6 +220,7 @@ class HuggingFaceCausalLM:
         blocks = model.get_submodule(self.structure.blocks)
         self._sharding = None if self.structure.alibi else _sharding_of_all(blocks)
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._fixed_dtypes = _fixed_dtypes(model)
         embedding_name, head_name = f"{self.structure.embedding}.weight", f"{self.structure.head}.weight"
         tied = model.get_parameter(embedding_name) is model.get_parameter(head_name)
         self.tied: dict[str, str] = {head_name: embedding_name} if tied else {}
@@ -222,10 +228,16 @@ class HuggingFaceCausalLM:
             raise ModelError(
                 f"{type(model).__name__} shares weights between layers other than embedding and head."
             )
-        buffers = sorted(model.state_dict().keys() - names)
-        if buffers:
+        inside = [
+            f"{path}."
+            for layer in range(self.structure.num_layers)
+            for path in self.structure.modules_of(layer)
+        ]
+        inside += [f"{path}." for path in self.structure.idle]
+        outside = sorted(name for name in names if not name.startswith(tuple(inside)))
+        if outside:
             raise ModelError(
-                f"{type(model).__name__} has weights that are not parameters: {', '.join(buffers[:4])}."
+                f"{type(model).__name__} has weights outside its layers: {', '.join(outside[:4])}."
             )
 
     @property
@@ -266,7 +278,7 @@ class HuggingFaceCausalLM:
         if layer_index == first_layer:
             return row_shape
         behind = layer_index == len(self.layer_names)
-        return (row_shape[0], self.output_width if behind else self.structure.hidden_size)
+        return (row_shape[0], *((self.output_width,) if behind else self.structure.boundary))
 
     def layer_parameters(self, layer_index: int) -> dict[str, tuple[int, ...]]:
         """Return a layer's parameters and whole shapes; the head's includes a tied weight."""
@@ -297,6 +309,8 @@ class HuggingFaceCausalLM:
 
     def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """Return the type in which a parameter is held where the model is built with `dtype`."""
+        if name in self._fixed_dtypes:
+            return self._fixed_dtypes[name] or dtype
         held = self.spec.frozen_precision is not None and len(self._shapes[name]) == 2
         return HELD if held and not self.trains(name) else dtype
 
@@ -357,6 +371,33 @@ class HuggingFaceCausalLM:
         _materialise(model, dtype)
         parameters = model.named_parameters(remove_duplicate=False)
         return stage, {plain_name(name): parameter for name, parameter in parameters}
+
+
+def freeze_buffers(model: nn.Module) -> None:
+    """Turn the buffers that are saved with a model into parameters that do not train, in place.
+
+    Routers keep such weights, which no gradient reaches (a bias by which experts are chosen). They are read, sent, held
+    and saved as what is frozen.
+    """
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if name not in module._non_persistent_buffers_set:
+                del module._buffers[name]
+                setattr(module, name, nn.Parameter(buffer, requires_grad=False))
+                setattr(getattr(module, name), BUFFER, True)
+
+
+def _fixed_dtypes(model: nn.Module) -> dict[str, torch.dtype | None]:
+    """Return of every weight that was a buffer the type that it has whatever the model is built with, None if that.
+
+    Args:
+        model: Built with bfloat16.
+    """
+    return {
+        name: None if weight.dtype is torch.bfloat16 else weight.dtype
+        for name, weight in model.named_parameters()
+        if hasattr(weight, BUFFER)
+    }
 
 
 def _sharding_of_all(blocks: nn.Module) -> tuple[ShardedBlock, ...] | None:

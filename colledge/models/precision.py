@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 HELD = torch.bfloat16
+BUFFER = "_is_saved_buffer"  # on parameters that the library keeps as buffers: they stay as they are
 
 
 def is_held(parameter: nn.Parameter) -> bool:
     """Return whether a parameter is one of those that are held: a frozen matrix."""
-    return not parameter.requires_grad and parameter.dim() == 2
+    return not parameter.requires_grad and parameter.dim() == 2 and not hasattr(parameter, BUFFER)
 
 
 def hold_frozen(model: nn.Module) -> None:

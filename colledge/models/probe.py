@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -29,44 +29,72 @@ if TYPE_CHECKING:
 _VOCABULARY, _MLP_WIDTH, _MLP_WIDTHS = 64, 48, ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
 _HEAD_SHARE = 16  # of the hidden size, where heads have a width of their own
 _KV_HEADS = ("num_kv_heads", "num_key_value_heads")
+_MIXER_HEADS = (
+    "mamba_n_heads",
+    "mamba_num_heads",
+    "n_mamba_heads",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+_DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "num_global_layers")
 _SHARD_TOLERANCE = 1e-10  # of float64, relative: a sum in parts rounds otherwise than the whole one
 _FIX = "use a model whose blocks pass on nothing but hidden states, such as Llama, Qwen3, Gemma 3 or GPT-2."
+
+_NOT_MADE = (
+    ModelError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    ImportError,
+)
 
 _StageOf: TypeAlias = tuple[nn.Module, dict[str, nn.Parameter]]  # and its parameters
 
 
-def check_parts(model: HuggingFaceCausalLM) -> None:
+def check_parts(model: HuggingFaceCausalLM) -> frozenset[str]:
     """Check on a small copy that a model's layers, and the shards of its blocks, together give the model.
+
+    Returns:
+        The parameters that no loss reaches in the library's own model either, such as those that choose experts.
 
     Raises:
         ModelError: They do not, and after which layer; or no small copy can be made, so that nothing shows it.
     """
-    kind = model.config.model_type
-    try:
-        small = type(model)(_small_config(model))
-        whole = _whole(small, torch.float32)
-    except (
-        ModelError,
-        KeyError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as fault:
-        raise ModelError(
-            f"no small copy of this {kind!r} can be made to try its cuts on ({_line(fault)})."
-        ) from None
-    if _parameter_names(small) != _parameter_names(model)[: len(small.layer_names) - 2]:
-        raise ModelError(
-            f"a small copy of this {kind!r} has other parameters than the model: its cuts cannot be tried."
-        )
+    small, whole = _small_copy(model)
     layers = pairwise(range(len(small.layer_names) + 1))
     stages = [_stage(small, whole, layer) for layer in layers]
+    unreached: set[str] = set()
     for context in _contexts():
-        _check_stages(small, whole, stages, context)
+        unreached = _check_stages(small, whole, stages, context)
     if small.shard_units > 1:
         _check_shards(small)
+    patterns = {_unnumbered(name) for name in unreached}
+    names = (name for index in range(len(model.layer_names)) for name in model.layer_parameters(index))
+    return frozenset(name for name in names if _unnumbered(name) in patterns)
+
+
+def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Module]:
+    """Return a small model of the same kind and the library's own, with values.
+
+    Raises:
+        ModelError: None can be made.
+    """
+    why = "it has other parameters than the model"
+    for config in _small_configs(model):
+        try:
+            small = type(model)(config)
+            whole = _whole(small, torch.float32)
+            whole(input_ids=_ids(small), use_cache=False)
+        except _NOT_MADE as fault:
+            why = _line(fault)
+            continue
+        if _parameter_names(small) == _parameter_names(model)[: len(small.layer_names) - 2]:
+            return small, whole
+    kind = model.config.model_type
+    raise ModelError(f"no small copy of this {kind!r} can be made to try its cuts on ({why}).")
 
 
 def _line(fault: Exception) -> str:
@@ -79,48 +107,102 @@ def _line(fault: Exception) -> str:
 def _parameter_names(model: HuggingFaceCausalLM) -> list[set[str]]:
     """Return the names of each block's parameters, without numbers: a block may have lists with an entry a head."""
     layers = (model.layer_parameters(index) for index in range(1, len(model.layer_names) - 1))
-    return [{re.sub(r"\d+", "", name) for name in parameters} for parameters in layers]
+    return [{_unnumbered(name) for name in parameters} for parameters in layers]
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def _num_blocks(model: HuggingFaceCausalLM, lists: list[list[Any]]) -> int:
-    """Return so many blocks that every kind is among the first of them, and one more; at least 3 if there are."""
+    """Return so many blocks that every kind is among the first of them, and more; at least 3 if there are."""
     kinds = []
     for index in range(len(model.layer_names) - 2):
         parameters = model.layer_parameters(index + 1).items()
         shapes = frozenset((name.partition(f".{index}.")[2], shape) for name, shape in parameters)
         kinds.append((shapes, *(str(values[index]) for values in lists)))
-    return min(max(3, 2 + max(map(kinds.index, kinds))), len(kinds))
+    least = min(max(3, 2 + max(map(kinds.index, kinds))), len(kinds))
+    # Some libraries set the last block apart: the small copy ends with a block of its kind.
+    return next(number for number in range(least, len(kinds) + 1) if kinds[number - 1] == kinds[-1])
 
 
-def _small_config(model: HuggingFaceCausalLM) -> dict[str, Any]:
-    """Return the configuration of the small copy; what is not known to be a size stays as it is."""
+def _small_configs(model: HuggingFaceCausalLM) -> Iterator[dict[str, Any]]:
+    """Yield configurations of small copies, smallest first; what is not known to be a size stays as it is.
+
+    A library checks sizes against each other, each model's in its own way: what one copy breaks, a larger one keeps.
+    """
     config: dict[str, Any] = model.config.to_dict()
+    text = model.config.get_text_config()
+    whole = text is model.config
+    key = None if whole else next(name for name, value in vars(model.config).items() if value is text)
+    for widths in ("own", "few", "more", "all"):
+        small = _small_text(text, model, widths)
+        if key is not None:
+            small = {name: _shallow(value) for name, value in config.items() if name != key} | {key: small}
+        yield small
+
+
+def _small_text(text: Any, model: HuggingFaceCausalLM, widths: str) -> dict[str, Any]:
+    """Return the configuration of fewer blocks, and, but for `widths` "all", of fewer heads."""
+    config: dict[str, Any] = text.to_dict()
     depth = len(model.layer_names) - 2
-    each_block = {
-        name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth
-    }
-    num_blocks = _num_blocks(model, list(each_block.values()))
-    names = getattr(model.config, "attribute_map", {})
+    lists = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth}
+    by_block = {name: value for name, value in config.items() if _is_by_block(value)}
+    chosen = [[_of_block(value, index) for index in range(depth)] for value in by_block.values()]
+    num_blocks = _num_blocks(model, [*lists.values(), *chosen])
+    names = getattr(text, "attribute_map", {})
     heads_name = names.get("num_attention_heads", "num_attention_heads")
-    heads = config[heads_name]
-    groups = next((config[name] for name in _KV_HEADS if config.get(name)), heads)
-    few = min(groups, 2) * min(heads // groups, 2)
-    small = config | {name: value[:num_blocks] for name, value in each_block.items()}
-    small |= {names.get("num_hidden_layers", "num_hidden_layers"): num_blocks, heads_name: few}
+    small = config | {name: value[:num_blocks] for name, value in lists.items()}
+    small |= {n: {k: v for k, v in value.items() if int(k) < num_blocks} for n, value in by_block.items()}
+    small[names.get("num_hidden_layers", "num_hidden_layers")] = num_blocks
+    heads, few = _fewer_heads(config, heads_name, widths)
     for name, value in config.items():
-        if not isinstance(value, int) or name == heads_name:
+        if not isinstance(value, int) or isinstance(value, bool):
             continue
-        if name in _KV_HEADS:
-            small[name] = min(value, 2)
-        elif name in (names.get("hidden_size", "hidden_size"), "word_embed_proj_dim"):
-            small[name] = value * few // heads if config.get("head_dim") is None else _HEAD_SHARE * few
-        elif name.endswith(_MLP_WIDTHS):
+        if name.endswith(_MLP_WIDTHS):
             small[name] = min(value, _MLP_WIDTH)
         elif name.startswith("vocab_size"):
             small[name] = min(value, _VOCABULARY)
         elif name.endswith("_token_id"):
             small[name] = 0
+        elif few == heads:
+            continue
+        elif name == heads_name:
+            small[name] = few
+        elif name in _KV_HEADS:
+            small[name] = min(value, few if widths == "more" else 2)
+        elif name in (names.get("hidden_size", "hidden_size"), "word_embed_proj_dim"):
+            own = widths == "own" and config.get("head_dim") is not None
+            small[name] = _HEAD_SHARE * few if own else value * few // heads
+        elif name in _MIXER_HEADS:
+            small[name] = max(1, value * few // heads)
     return small
+
+
+def _fewer_heads(config: Mapping[str, Any], heads_name: str, widths: str) -> tuple[int, int]:
+    """Return how many heads there are, and how many a small copy has: some for two groups of keys and values."""
+    heads = config.get(heads_name)
+    if not isinstance(heads, int) or widths == "all":
+        return 1, 1
+    found = (config.get(name) for name in _KV_HEADS)
+    groups = next((value for value in found if isinstance(value, int) and value > 0), heads)
+    few = min(groups, 2) * min(max(heads // groups, 1), 2) * (4 if widths == "more" else 1)
+    return heads, min(few, heads)
+
+
+def _is_by_block(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
+
+
+def _of_block(values: Mapping[Any, Any], index: int) -> Any:
+    return values.get(index, values.get(str(index)))
+
+
+def _shallow(value: Any) -> Any:
+    """Return the configuration of a tower that text never runs, with one layer."""
+    if not isinstance(value, dict):
+        return value
+    return value | {name: 1 for name in _DEPTHS if isinstance(value.get(name), int)}
 
 
 def _whole(model: HuggingFaceCausalLM, dtype: torch.dtype) -> nn.Module:
@@ -128,9 +210,17 @@ def _whole(model: HuggingFaceCausalLM, dtype: torch.dtype) -> nn.Module:
     whole: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in whole.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=dtype), alpha=0.05)
+        for weight in _weights(whole).values():
+            if weight.is_floating_point():
+                noise = torch.randn(weight.shape, generator=generator, dtype=dtype)
+                weight.add_(noise.to(weight.dtype), alpha=0.05)
     return whole
+
+
+def _weights(whole: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters and the buffers that are saved with it, tied ones under each name."""
+    parameters = dict(whole.named_parameters(remove_duplicate=False))
+    return {name: parameters.get(name, tensor) for name, tensor in whole.state_dict(keep_vars=True).items()}
 
 
 def _ids(model: HuggingFaceCausalLM) -> Tensor:
@@ -157,8 +247,12 @@ def _differs(model: HuggingFaceCausalLM, seen: str) -> ModelError:
 
 def _check_stages(
     model: HuggingFaceCausalLM, whole: nn.Module, stages: list[_StageOf], context: Mapping[str, Tensor]
-) -> None:
+) -> set[str]:
+    before = {name: weight.detach().clone() for name, weight in _weights(whole).items()}
     boundaries, logits = _boundaries(model, whole, context)
+    changed = [name for name, weight in _weights(whole).items() if not torch.equal(weight, before[name])]
+    if changed:
+        raise _differs(model, f"{changed[0]} changes as the model runs")
     whole.zero_grad()
     torch.autograd.backward(logits.square().sum())
     x = _ids(model)
@@ -172,14 +266,24 @@ def _check_stages(
             raise _differs(model, f"{layer} alone does not give what it gives in the whole model")
     torch.autograd.backward(x.square().sum())
     gradients: dict[str, Tensor] = {}
+    unreached: set[str] = set()
     for name, parameter in (item for _, parameters in stages for item in parameters.items()):
         if parameter.grad is None:
-            raise _differs(model, f"no loss reaches {name}")
+            continue
         name = model.tied.get(name, name)
         gradients[name] = parameter.grad if name not in gradients else gradients[name] + parameter.grad
     for name, parameter in whole.named_parameters():
-        if parameter.grad is None or not torch.equal(gradients[name], parameter.grad):
+        if name.startswith(tuple(f"{path}." for path in model.structure.idle)):
+            continue
+        if parameter.grad is None and name not in gradients:
+            unreached.add(name)
+        elif (
+            parameter.grad is None
+            or name not in gradients
+            or not torch.equal(gradients[name], parameter.grad)
+        ):
             raise _differs(model, f"{name} has another gradient than in the whole model")
+    return unreached
 
 
 def _boundaries(
@@ -232,7 +336,7 @@ def _stage(
     ops: _Sums | None = None,
 ) -> _StageOf:
     """Return a stage with its part of the whole model's weights."""
-    weights = dict(whole.named_parameters(remove_duplicate=False))
+    weights = _weights(whole)
     stage, parameters = model.build_stage(layers, next(whole.parameters()).dtype, units, ops)
     with torch.no_grad():
         for name, parameter in parameters.items():

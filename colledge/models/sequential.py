@@ -56,6 +56,7 @@ class SequentialModel:
         self.layer_names = tuple(layer.name for layer in self._layers)
         self.layer_kinds = tuple(layer.kind for layer in self._layers)
         self._boundaries: dict[tuple[int, tuple[int, ...]], list[tuple[int, ...]]] = {}
+        self._check_buffers()
 
     @classmethod
     def from_spec(cls, spec: ModelSpec) -> SequentialModel:
@@ -77,6 +78,16 @@ class SequentialModel:
         """All layers, on the meta device."""
         with torch.device("meta"):
             return tuple(layer.make() for layer in self._layers)
+
+    def _check_buffers(self) -> None:
+        """Refuse layers with buffers: nothing sends their values, and statistics of a batch depend on the plan."""
+        for name, module in zip(self.layer_names, self._modules, strict=True):
+            buffer = next((buffer for buffer, _ in module.named_buffers()), None)
+            if buffer is not None:
+                raise ModelError(
+                    f"layer {name} holds {buffer!r}, which is no parameter: such values do not travel.",
+                    fix="use a norm without running statistics, such as group norm, and make constants in forward.",
+                )
 
     @property
     def output_width(self) -> int:

@@ -28,8 +28,9 @@ class _Nothing(nn.Module):
     """Stands in for another stage's module beside the blocks: gives hidden states back, of all else zero."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return x if x.is_floating_point() and x.dim() == 3 else torch.zeros((), device=x.device)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        passed = (x for x in given if x.is_floating_point() and x.dim() == 3)
+        return next(passed, torch.zeros((), device=given[0].device if given else None))
 
 
 class _OtherBlock(nn.Module):
@@ -38,7 +39,16 @@ class _OtherBlock(nn.Module):
     def __init__(self, block: nn.Module, num_outputs: int | None) -> None:
         super().__init__()
         vars(self).update({name: value for name, value in vars(block).items() if name not in vars(self)})
-        self._num_outputs = num_outputs
+        self._num_outputs, self._kind = num_outputs, type(block)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what the block's class says of it."""
+        found = getattr(vars(self).get("_kind"), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        if found is None or callable(found):
+            return super().__getattr__(name)
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
         x = hidden_states(args, kwargs)
@@ -83,7 +93,11 @@ class Stage(StageModule):
         for index, block in enumerate(blocks):
             if index not in kept:
                 blocks[index] = _OtherBlock(block, structure.num_outputs)
-        gone = (() if self._first else structure.before) + (() if self._last else structure.after)
+        gone = (
+            (() if self._first else structure.before)
+            + (() if self._last else structure.after)
+            + structure.idle
+        )
         for path in gone:
             causal_lm.set_submodule(path, _Nothing())
         if not self._first and kept.start < structure.num_blocks:
@@ -111,7 +125,9 @@ class Stage(StageModule):
         """Return the logits, or the hidden states at the stage's end or before `until`, (rows, sequence, width)."""
         self._x = x
         leaving = self._leave_before(until) if until is not None and until < self._stop else None
-        inputs = {"input_ids": x} if self._first else {"inputs_embeds": torch.zeros_like(x)}
+        inputs = (
+            {"input_ids": x} if self._first else {"inputs_embeds": x.new_zeros(*x.shape[:2], x.shape[-1])}
+        )
         mixed = torch.autocast(x.device.type, torch.bfloat16, enabled=self._mixed)
         try:
             with WideProducts(self._dtype), mixed:

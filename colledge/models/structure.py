@@ -6,6 +6,7 @@
         one list of blocks       layers "block.0" ... "block.N-1"
         final norm ...           the rest: layer "head"
       head
+      towers ...               lists of blocks that text alone never runs, and what belongs to them: no layer's
 
 What does not fit is refused, naming the modules. Whether the parts give the whole is for `probe` to say.
 """
@@ -35,9 +36,10 @@ class Structure:
         after: The other modules with parameters.
         embedding: The input embedding, one of `before`.
         head: The linear that gives the logits, one of `after`.
-        hidden_size: The width of what goes from block to block.
+        boundary: The shape of what goes from block to block, for a token: mostly (width,).
         num_outputs: A block returns a tuple of so many values, hidden states first; None: hidden states only.
         alibi: The blocks are given ALiBi's slopes, which belong to heads.
+        idle: The modules with parameters that text alone never runs, such as a vision tower.
     """
 
     blocks: str
@@ -46,9 +48,10 @@ class Structure:
     after: tuple[str, ...]
     embedding: str
     head: str
-    hidden_size: int
+    boundary: tuple[int, ...]
     num_outputs: int | None
     alibi: bool
+    idle: tuple[str, ...] = ()
 
     @property
     def num_layers(self) -> int:
@@ -74,18 +77,20 @@ def find_structure(model: nn.Module) -> Structure:
     """
     paths = {id(module): path for path, module in model.named_modules()}
     embedding, head = _path_of(model, paths, "input"), _path_of(model, paths, "output")
-    blocks, num_blocks = _list_of_blocks(model)
+    blocks, num_blocks, runs = _list_of_blocks(model)
     if embedding is None or head is None:
         raise _refusal(model, f"no input embedding and no head beside {blocks!r}")
     parts = _parts(model, blocks)
+    idle = () if runs is None else tuple(path for path in parts if not _is_run(model, path, runs))
+    parts = tuple(path for path in parts if path not in idle)
     called, block = _trace(model, parts, blocks)
-    before = tuple(path for path in parts if path == embedding or path in called)
+    before = tuple(path for path in parts if _within(embedding, path) or path in called)
     after = tuple(path for path in parts if path not in before)
-    if embedding not in before or head not in after:
-        raise _refusal(model, f"the embedding {embedding!r} or the head {head!r} inside another module")
+    if not any(_within(head, path) for path in after):
+        raise _refusal(model, f"the head {head!r} inside another module")
     alibi = block.kwargs.get("alibi") is not None
     return Structure(
-        blocks, num_blocks, before, after, embedding, head, block.width, block.num_outputs, alibi
+        blocks, num_blocks, before, after, embedding, head, block.boundary, block.num_outputs, alibi, idle
     )
 
 
@@ -114,19 +119,53 @@ def _path_of(model: nn.Module, paths: dict[int, str], side: str) -> str | None:
     return paths.get(id(module))
 
 
-def _list_of_blocks(model: nn.Module) -> tuple[str, int]:
+def _within(path: str, part: str) -> bool:
+    return path == part or path.startswith(f"{part}.")
+
+
+def _is_run(model: nn.Module, path: str, runs: set[str]) -> bool:
+    """Return whether text runs a module, or one of those in it, that has parameters."""
+    inside = model.get_submodule(path).named_modules(prefix=path)
+    return any(
+        name in runs for name, module in inside if next(module.parameters(recurse=False), None) is not None
+    )
+
+
+def _list_of_blocks(model: nn.Module) -> tuple[str, int, set[str] | None]:
+    """Return the list of blocks, how many they are, and, where there are several lists, which modules text runs."""
     lists: dict[str, nn.ModuleList] = {}
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and next(module.parameters(), None) is not None:
             lists[path] = module
+    runs = _runs(model) if len(lists) > 1 else None
+    if runs is not None:
+        lists = {path: blocks for path, blocks in lists.items() if f"{path}.0" in runs}
     if len(lists) != 1:
         found = ", ".join(
             f"{path}: {len(blocks)} {type(blocks[0]).__name__}" for path, blocks in lists.items()
         )
         raise _refusal(model, f"wanted one list of blocks, found {found or 'none'}")
     ((path, blocks),) = lists.items()
-    return path, len(blocks)
+    return path, len(blocks), runs
+
+
+def _runs(model: nn.Module) -> set[str] | None:
+    """Return the modules that a forward of text runs; None where it cannot be run without values."""
+    found: set[str] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda _module, _args, path=path: found.add(path))
+        for path, module in model.named_modules()
+    ]
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model(input_ids=torch.zeros((2, 8), dtype=torch.long, device="meta"), use_cache=False)
+    except Exception:  # whatever the library raises: the refusal then shows all lists
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def _parts(model: nn.Module, blocks: str) -> tuple[str, ...]:
@@ -151,12 +190,12 @@ def _parts(model: nn.Module, blocks: str) -> tuple[str, ...]:
 class _FirstBlock(Exception):
     """The trace has come to the first block, whose call this is."""
 
-    width: int
+    boundary: tuple[int, ...]
     num_outputs: int | None = None
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.positional, self.kwargs = args, kwargs
-        self.width = hidden_states(args, kwargs).shape[-1]
+        self.boundary = tuple(hidden_states(args, kwargs).shape[2:])
 
 
 def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[str], _FirstBlock]:

@@ -54,6 +54,11 @@ class DeviceSetup(Record):
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
+def decays(name: str) -> bool:
+    """Return whether weight decay reaches a parameter of that name, as far as the name tells."""
+    return _UNDECAYED.search(name.lower()) is None
+
+
 def undecayed(parameters: Mapping[str, nn.Parameter], module: nn.Module) -> frozenset[nn.Parameter]:
     """Return the parameters that weight decay leaves alone, those of Hugging Face's Trainer: biases and norms.
 
@@ -62,7 +67,7 @@ def undecayed(parameters: Mapping[str, nn.Parameter], module: nn.Module) -> froz
         module: That holds them.
     """
     norms = {p for part in module.modules() if isinstance(part, nn.LayerNorm) for p in part.parameters()}
-    return frozenset(p for name, p in parameters.items() if p in norms or _UNDECAYED.search(name.lower()))
+    return frozenset(p for name, p in parameters.items() if p in norms or not decays(name))
 
 
 def build_optimizer(

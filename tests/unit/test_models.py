@@ -234,12 +234,9 @@ def test_columns_fall_to_the_nearest_unit() -> None:
 @pytest.mark.parametrize(
     ("model_type", "found"),
     [
-        ("bert", "the embedding 'bert.embeddings.word_embeddings' or the head 'cls.predictions.decoder'"),
-        (
-            "gemma3",
-            "model.vision_tower.encoder.layers: 12 SiglipEncoderLayer, model.language_model.layers: 26",
-        ),
-        ("deepseek_v3", "weights that are not parameters: model.layers.10.mlp.gate.e_score_correction_bias"),
+        ("bert", "shares weights between layers"),
+        ("hrm_text", "model.L_module.layers: 16 HrmTextDecoderLayer, model.H_module.layers: 16"),
+        ("xlnet", "parameters outside its layers: transformer.mask_emb"),
         ("t5", "T5Config"),
         ("vit", "ViTConfig"),
     ],

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from colledge.errors import ModelError
 from colledge.models import ModelSpec, SequentialModel, build_model, initial_weights
+from colledge.models.architectures import Layer, Mlp
 from colledge.models.float64 import keep_float64
 from colledge.models.modular import GATES, Modular
+from colledge.models.sequential import ARCHITECTURES
 
 IMAGE = {"image": (3, 16, 16), "classes": 7}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -235,3 +237,13 @@ def test_a_spec_gives_the_same_model_and_refuses_narrow_numbers() -> None:
         build_model(spec.model_copy(update={"mixed_precision": "bfloat16"}))
     with pytest.raises(ModelError, match=r"rows of \[3, 16\] do not fit layer stem"):
         build_model(spec).boundary_shape((3, 16), 1)
+
+
+def test_layers_with_running_statistics_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class WithBatchNorm(Mlp):
+        def layers(self) -> tuple[Layer, ...]:
+            return (Layer("norm", "norm", lambda: torch.nn.BatchNorm2d(3)), *super().layers())
+
+    monkeypatch.setitem(ARCHITECTURES, "mlp", WithBatchNorm)  # type: ignore[index]
+    with pytest.raises(ModelError, match="layer norm holds 'running_mean', which is no parameter"):
+        model_of("mlp")
