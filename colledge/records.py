@@ -208,7 +208,16 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: It is no JSON, or a key stands twice in a mapping, of which readers would take one or the other.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    return _writable(json.loads(text, object_pairs_hook=_once))
+
+
+def _writable(value: Any) -> Any:
+    """Return a value of whose texts none holds half a character, which no file could hold again."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text there holds half a character") from None
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -257,7 +266,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML or is not a mapping.
     """
     try:
-        value = yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader)  # a safe one
+        value = _writable(yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader))  # a safe one
     except (yaml.YAMLError, RecursionError, ValueError) as fault:  # ValueError: such as the date 2001-99-99
         line = " ".join(str(fault).split())
         raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None

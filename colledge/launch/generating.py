@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,12 @@ from colledge.parallel import Engine, World
 from colledge.plan import Plan, read_plan
 from colledge.planner.caching import CachePlan
 from colledge.records import read_json, write_atomically
+
+_DECIDE_ADAPTERS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+)  # keys of PEFT's that decide what an adapter computes
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool, folder: Path) -> Tensor:
@@ -128,7 +135,11 @@ def _load_adapter(folder: Path) -> Any:
 
     path = folder / "adapter_config.json"
     with _using(path):
-        config = PeftConfig.from_pretrained(str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        said = json.loads(path.read_text(encoding="utf-8"))
+    unsaid = [key for key in _DECIDE_ADAPTERS if hasattr(config, key) and key not in said]
+    if unsaid:  # PEFT would take its own default
+        raise ModelError(f"{path}: key {unsaid[0]!r} is missing.", fix="use the file as it was saved.")
     stored = SafetensorsDirectory(folder, "adapter_model")
     model = _load_model(_base_of(path, config.base_model_name_or_path))
     with _using(path):

@@ -310,7 +310,7 @@ def as_said(path: str, folder: Path, ended: Ended) -> str | None:
         return None
     text = (folder / path).read_bytes().decode("utf-8")
     if path.endswith(".yaml"):
-        value = yaml.load(text, Loader=_OnceLoader)  # noqa: S506: a safe loader
+        value = yaml.load(text, Loader=_OnceLoader)  # a safe one
     else:
         value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_no_number)
     return None if isinstance(value, dict) else "went through, and the file is no mapping"
@@ -369,6 +369,9 @@ def same_adapted_text(folder: Path, ended: Ended) -> str | None:
     config = PeftConfig.from_pretrained(where)
     base = AutoModelForCausalLM.from_pretrained(str(config.base_model_name_or_path))
     model = PeftModel.from_pretrained(base, where)
+    said = json.loads((where / "adapter_config.json").read_text())
+    if not {"r", "lora_alpha", "target_modules"} <= said.keys():
+        return "what the adapter is multiplied by is PEFT's default, and not what was trained"
     stored = load_file(where / "adapter_model.safetensors")
     state = get_peft_model_state_dict(model)
     if stored.keys() != state.keys():
