@@ -77,10 +77,12 @@ class LaunchError(ColledgeError):
 
 def said_by(fault: BaseException) -> str:
     """Return one line of what a library made of a malformed file; what speaks of its code alone in our words."""
-    line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", " ".join(str(fault).split()))[:300]
+    line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", " ".join(str(fault).split()))
+    if "trust_remote_code" in line:
+        return "it comes with code of its own, which is not run"
     if isinstance(fault, KeyError):
         return f"{line.strip(chr(39))!r} is missing there, or not known"
     strange = "unpack" in line or (not isinstance(fault, ValueError | OSError) and _OF_CODE.search(line))
     if not line or strange or isinstance(fault, AttributeError | AssertionError | RecursionError):
         return "a value there is missing, or not of the kind that it must be"
-    return line
+    return line[:300]

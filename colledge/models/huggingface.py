@@ -153,7 +153,9 @@ class HuggingFaceCausalLM:
     def _skeleton(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
             try:
-                model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(self._config), dtype=dtype)
+                model: nn.Module = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(self._config), dtype=dtype, trust_remote_code=False
+                )
             except _BAD_CONFIGURATION as fault:
                 raise ModelError(
                     f"no causal language model for this configuration ({said_by(fault)}).",

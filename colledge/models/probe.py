@@ -207,7 +207,9 @@ def _shallow(value: Any) -> Any:
 
 def _whole(model: HuggingFaceCausalLM, dtype: torch.dtype) -> nn.Module:
     """Return the library's own model, with weights that leave no module without effect."""
-    whole: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=dtype)
+    whole: nn.Module = AutoModelForCausalLM.from_config(
+        copy.deepcopy(model.config), dtype=dtype, trust_remote_code=False
+    )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in _weights(whole).values():

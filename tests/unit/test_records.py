@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from colledge.errors import ConfigError, PlanError
-from colledge.records import Record, parse_record, read_json, read_yaml_mapping, write_atomically
+from colledge.records import Record, parse_json, parse_record, read_json, read_yaml_mapping, write_atomically
 from colledge.units import (
     format_bytes,
     format_joules,
@@ -159,3 +159,37 @@ def test_long_durations_and_energies_read_well() -> None:
     assert format_seconds(200) == "3 min 20 s"
     assert format_seconds(7500) == "2 h 05 min"
     assert [format_joules(j) for j in (9.1, 1860, 4.2e6)] == ["9.1 J", "1.86 kJ", "4.2 MJ"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("a.yaml", "steps: 1\nx: {y: 1, y: 2}\n", "key 'y' stands there twice"),
+        ("a.yaml", "x: &a {y: 1}\nz: {<<: *a, y: 2}\n", ""),
+        ("a.yaml", "x: &a [*a]\n", "not YAML"),
+        ("a.yaml", 'x: "\\ud800"\n', "half a character"),
+        ("a.yaml", "", "saw nothing, wanted a mapping"),
+    ],
+)
+def test_yaml_that_readers_would_take_in_two_ways_is_refused(
+    tmp_path: Path, name: str, text: str, line: str
+) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    if not line:
+        assert read_yaml_mapping(path)["z"] == {"y": 2}
+        return
+    with pytest.raises(ConfigError, match=line):
+        read_yaml_mapping(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' stands there twice"),
+        ('{"a": "\\ud800"}', "half a character"),
+    ],
+)
+def test_json_that_readers_would_take_in_two_ways_is_refused(text: str, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        parse_json(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -11,8 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from colledge.errors import ConfigError, ModelError
+from colledge.launch.cli import main
 from colledge.launch.job import Launch
 from colledge.launch.rendezvous import _inherited, plan_agents
 from colledge.launch.run_config import PoolConfig, load_run
@@ -148,3 +152,66 @@ def test_a_models_own_code_is_neither_run_nor_asked_about(tmp_path: Path, capsys
         HuggingFaceCausalLM.from_directory(tmp_path)
     assert not ran.exists()
     assert "Do you wish" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        (
+            "tokenizer_config.json",
+            {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}},
+        ),
+        (
+            "config.json",
+            {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}},
+        ),
+        ("config.json", {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "mine.M"}}),
+    ],
+)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "model", "--prompt", "a"],
+        ["data", "check", "data.jsonl", "--model", "model"],
+        ["profile", "--model", "model", "--analytic", "-o", "profiles"],
+    ],
+)
+def test_no_command_asks_about_a_folders_code_or_runs_it(
+    file: str,
+    changes: dict[str, Any],
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    ran = tmp_path / "ran"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').write('x')")
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(["a text"], vocab_size=260, show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend._tokenizer, eos_token="a").save_pretrained(folder)
+    LlamaConfig(vocab_size=300, hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(
+        folder
+    )
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}\n')
+    values = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(values | changes))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["colledge", *command])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    assert not ran.exists()
+    assert "Do you wish" not in said.out + said.err
+    assert "trust_remote_code" not in said.err
+    reads = (
+        file == "config.json"
+        if command[0] == "profile"
+        else file == "tokenizer_config.json" or command[0] == "generate"
+    )
+    if reads:
+        assert ended.value.code == 2
+    if reads and changes.get("model_type") != "vit":
+        assert "code of its own, which is not run" in said.err
