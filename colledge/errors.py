@@ -80,7 +80,7 @@ def said_by(fault: BaseException) -> str:
     line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", " ".join(str(fault).split()))[:300]
     if isinstance(fault, KeyError):
         return f"{line.strip(chr(39))!r} is missing there, or not known"
-    strange = not isinstance(fault, ValueError | OSError) and _OF_CODE.search(line)
+    strange = "unpack" in line or (not isinstance(fault, ValueError | OSError) and _OF_CODE.search(line))
     if not line or strange or isinstance(fault, AttributeError | AssertionError | RecursionError):
         return "a value there is missing, or not of the kind that it must be"
     return line

@@ -182,7 +182,7 @@ class Plan(Record):
     schema_tag: Literal["colledge/plan/1"] = Field(alias="schema")
     num_layers: int = Field(ge=1)
     layers: tuple[int, int] | None = None
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=1_000_000)
     microbatch_size: int = Field(ge=1)
     schedule: PlanSchedule = PlanSchedule()
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -150,7 +150,7 @@ def parse_record(
     """
     if not isinstance(value, Mapping):
         raise error(
-            f"{source}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
+            f"{source}: saw {kind_of(value)}, wanted a mapping of keys to values.",
             fix=f"give {', '.join(_keys_of(record))} as keys.",
         )
     try:
@@ -168,7 +168,8 @@ def parse_record(
     return parsed
 
 
-def _kind_of(value: object) -> str:
+def kind_of(value: object) -> str:
+    """Return what a value of JSON or YAML is, in a word."""
     return "nothing" if value is None else type(value).__name__
 
 
@@ -207,7 +208,16 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
         ValueError: It is no JSON, or a key stands twice in a mapping, of which readers would take one or the other.
     """
-    return json.loads(text, object_pairs_hook=_once)
+    return _writable(json.loads(text, object_pairs_hook=_once))
+
+
+def _writable(value: Any) -> Any:
+    """Return a value of whose texts none holds half a character, which no file could hold again."""
+    try:
+        json.dumps(value, ensure_ascii=False, default=str, skipkeys=True).encode()
+    except UnicodeEncodeError:
+        raise ValueError("a text there holds half a character") from None
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -231,7 +241,7 @@ class _YamlLoader(yaml.SafeLoader):
                         None, None, f"key {_shortened(key.value)} stands there twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 def read_json(record: type[RecordT], path: Path, error: type[ConfigError] = ConfigError) -> RecordT:
@@ -256,13 +266,13 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         ConfigError: The file is missing, is not YAML or is not a mapping.
     """
     try:
-        value = yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader)  # a safe one
+        value = _writable(yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader))  # a safe one
     except (yaml.YAMLError, RecursionError, ValueError) as fault:  # ValueError: such as the date 2001-99-99
         line = " ".join(str(fault).split())
         raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{path}: saw {_kind_of(value)}, wanted a mapping of keys to values.",
+            f"{path}: saw {kind_of(value)}, wanted a mapping of keys to values.",
             fix="write lines such as `key: value`.",
         )
     return value

@@ -91,7 +91,8 @@ def _resolved(text: str, folder: Path, key: str, may_be_name: bool) -> str:
         path = (folder / Path(text).expanduser()).resolve()
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as fault:  # too long, no such user, a null byte
-        raise ConfigError(f"{key} {text[:60]!r} is no path ({fault}).", fix="mend it.") from None
+        why = fault.strerror if isinstance(fault, OSError) else str(fault)
+        raise ConfigError(f"{key} {text[:60]!r} is no path ({why}).", fix="mend it.") from None
     return str(path) if not may_be_name or text.startswith((".", "/", "~")) or exists else text
 
 

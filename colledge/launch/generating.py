@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from colledge.data import Batch, load_tokenizer
-from colledge.errors import ColledgeError, ConfigError, ModelError
+from colledge.errors import ColledgeError, ConfigError, ModelError, said_by
 from colledge.launch.engine_settings import engine_settings
 from colledge.launch.exporting import find_trained
 from colledge.launch.inputs import find_model
@@ -22,6 +23,12 @@ from colledge.parallel import Engine, World
 from colledge.plan import Plan, read_plan
 from colledge.planner.caching import CachePlan
 from colledge.records import read_json, write_atomically
+
+_DECIDE_ADAPTERS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+)  # keys of PEFT's that decide what an adapter computes
 
 
 def _ids(tokenizer: Any, prompt: str, chat: bool, folder: Path) -> Tensor:
@@ -98,9 +105,8 @@ def _using(path: Path) -> Iterator[None]:
     except ColledgeError:
         raise
     except Exception as fault:
-        line = f"{type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
         fix = "mend it, or write the folder again: export or train."
-        raise ModelError(f"{path} cannot be used ({line}).", fix=fix) from None
+        raise ModelError(f"{path} cannot be used ({said_by(fault)}).", fix=fix) from None
 
 
 def _skeleton(folder: Path) -> Any:
@@ -129,7 +135,11 @@ def _load_adapter(folder: Path) -> Any:
 
     path = folder / "adapter_config.json"
     with _using(path):
-        config = PeftConfig.from_pretrained(str(folder))
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        said = json.loads(path.read_text(encoding="utf-8"))
+    unsaid = [key for key in _DECIDE_ADAPTERS if hasattr(config, key) and key not in said]
+    if unsaid:  # PEFT would take its own default
+        raise ModelError(f"{path}: key {unsaid[0]!r} is missing.", fix="use the file as it was saved.")
     stored = SafetensorsDirectory(folder, "adapter_model")
     model = _load_model(_base_of(path, config.base_model_name_or_path))
     with _using(path):

@@ -85,6 +85,8 @@ def read_inputs(
         ConfigError: A file, a key, the model or the data is not usable.
     """
     run = load_run(path, overrides)
+    if not run.pool.is_file():
+        raise ConfigError(f"{path}: pool is {run.pool}, and there is no such file.", fix="give a pool.yaml.")
     pool = load_pool(run.pool)
     if with_data and pool.is_catalog:
         raise ConfigError(
@@ -425,6 +427,12 @@ def report(folder: OutputFolder) -> Report:
             f"{folder.metrics}: holds no whole step, so there is nothing to report.", fix="train first."
         )
     job = read_json(Job, folder.job)
+    if chosen.global_batch_size != job.run.batch.global_size:
+        raise ConfigError(
+            f"{folder.plan}: global_batch_size is {chosen.global_batch_size}, and {folder.job.name} says "
+            f"{job.run.batch.global_size}.",
+            fix="put back the plan.json that the run trained under.",
+        )
     result = read_json(PlanningResult, folder.planning) if folder.planning.is_file() else None
     profiles = planning.read_profiles(folder) if chosen.prediction is not None else None
     outcome = read_json(Outcome, folder.outcome).sentences() if folder.outcome.is_file() else []

@@ -259,7 +259,7 @@ class DeviceConfig(Record):
     catalog, to plan with and not to train on; `mode` is its power mode.
     """
 
-    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     host: Annotated[str, AfterValidator(_checked_device_host)] = "local"
     accelerator: str = Field(default="cpu", pattern=r"^(cpu|cuda:[0-9]+)$")
     threads: int | None = Field(default=None, ge=1, strict=True)

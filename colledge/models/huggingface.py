@@ -42,7 +42,16 @@ from colledge.models.structure import find_structure
 from colledge.settings import LoraSettings, NarrowPrecision
 
 _BAD_CONFIGURATION = (
-    *(KeyError, ValueError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError),
+    *(
+        LookupError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        AssertionError,
+        ImportError,
+    ),
     StrictDataclassError,
 )
 
@@ -418,7 +427,8 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
             unset = _compute_constants(model, module, dtype)
         if unset:
             raise ModelError(
-                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}."
+                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}.",
+                fix="use another model, or look at its config.json.",
             )
 
 

@@ -182,9 +182,10 @@ def _names_in(index: Path) -> list[str]:
     names = sorted(set(weight_map.values()))
     paths = [PurePosixPath(name) for name in names]
     for name, path in zip(names, paths, strict=True):
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors" or len(name) > 255:
             raise ModelError(
-                f"{index}: names the file {name!r}, which is no .safetensors inside the folder.", fix=_COPY
+                f"{index}: names the file {name[:80]!r}, which is no .safetensors inside the folder.",
+                fix=_COPY,
             )
         if not (index.parent / name).is_file():
             raise ModelError(

@@ -168,33 +168,19 @@ def change_line(content: bytes, random: random.Random) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
+_OF_TEMPLATES = (
+    "{% for %}", "{{ x.y.z }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ messages[99].content }}", "{{", "}}",
+    "{% for i in range(10 ** 9) %}x{% endfor %}", "{{ messages + 1 }}", "{% include 'x' %}", "{% macro %}", "plain",
+    "{{ messages.__class__.__mro__ }}", "{{ 'x' | nofilter }}", "{% set messages = 3 %}", "{{ none.a }}",
+    "{% if messages is odd %}x{% endif %}", "{{ strftime_now('%Y') }}", "{{ ''.join(messages) }}",
+)  # fmt: skip
+
+
 def change_template(content: bytes, random: random.Random) -> bytes:
     """Put something into a template that fails, or says something else."""
     text = content.decode()
     at = random.choice([0, len(text), *(i for i in range(len(text)) if text.startswith(("{%", "{{"), i))])
-    more = random.choice(
-        (
-            "{% for %}",
-            "{{ x.y.z }}",
-            "{{ raise_exception('no') }}",
-            "{{ 1 / 0 }}",
-            "{{ messages[99].content }}",
-            "{{",
-            "{% for i in range(10 ** 9) %}x{% endfor %}",
-            "{{ messages + 1 }}",
-            "{% include 'x' %}",
-            "{% macro %}",
-            "}}",
-            "{{ messages.__class__.__mro__ }}",
-            "{{ 'x' | nofilter }}",
-            "{% set messages = 3 %}",
-            "plain",
-            "{{ none.a }}",
-            "{% if messages is odd %}x{% endif %}",
-            "{{ strftime_now('%Y') }}",
-            "{{ ''.join(messages) }}",
-        )  # fmt: skip
-    )
+    more = random.choice(_OF_TEMPLATES)
     return (text[:at] + more + text[at:]).encode()
 
 
@@ -212,7 +198,7 @@ def change_header(content: bytes, random: random.Random) -> bytes:
 
 
 def change_tensors(content: bytes, random: random.Random) -> bytes:
-    """Write other tensors, in a file that is whole: missing, renamed, reshaped, more of them, no numbers, other types."""
+    """Write other tensors in a file that is whole: fewer, more, others, no numbers, or those of other names."""
     tensors = load(content)
     name = random.choice(sorted(tensors))
     tensor = tensors[name]

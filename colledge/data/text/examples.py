@@ -26,6 +26,7 @@ from colledge.data.text.encodings import check_beginning, decode
 from colledge.data.text.files import SUFFIXES
 from colledge.data.text.formats import SHAPES, canonical
 from colledge.errors import ColledgeError, DataError
+from colledge.records import kind_of
 
 Kind = Literal["text", "completion", "chat"]
 
@@ -207,7 +208,7 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
             value = _parse(decode(path, _whole(path)), str(path), fix)
             if not isinstance(value, list):
                 raise DataError(
-                    f"{path}: saw {type(value).__name__}, wanted a list of objects.",
+                    f"{path}: saw {kind_of(value)}, wanted a list of objects.",
                     fix=f"write [{{...}}, ...], each {SHAPES}.",
                 )
             yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(value, start=1))
@@ -277,7 +278,7 @@ def _example(value: object, where: str, noticed: Noticed) -> Example | None:
     """Return an entry as an example; None where it holds no text."""
     if not isinstance(value, dict):
         raise DataError(
-            f"{where}: saw {type(value).__name__}, wanted an object {SHAPES}.",
+            f"{where}: saw {kind_of(value)}, wanted an object {SHAPES}.",
             fix=f"write one {SHAPES} a line.",
         )
     entry, read_as = canonical(value, where)
@@ -345,7 +346,7 @@ def _columns(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _messages(value: object, where: str) -> tuple[dict[str, Any], ...]:
     if not isinstance(value, list) or not value:
-        seen = "an empty list" if value == [] else type(value).__name__
+        seen = "an empty list" if value == [] else kind_of(value)
         raise DataError(
             f"{where}: key 'messages' holds {seen}, wanted a list of messages.",
             fix='write [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}].',
@@ -357,7 +358,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
     wanted = '{"role": ..., "content": ...}'
     if not isinstance(value, dict):
         raise DataError(
-            f"{where}: saw {type(value).__name__}, wanted an object with role and content.",
+            f"{where}: saw {kind_of(value)}, wanted an object with role and content.",
             fix=f"write {wanted}.",
         )
     message = {key: inner for key, inner in value.items() if inner is not None}
@@ -379,7 +380,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
 def _check_part(part: object, where: str) -> None:
     if not isinstance(part, dict):
         raise DataError(
-            f"{where}: key 'content' holds a list with {type(part).__name__}, wanted a string or parts of content.",
+            f"{where}: key 'content' holds a list with {kind_of(part)}, wanted a string or parts of content.",
             fix='write text, or [{"type": "text", "text": ...}].',
         )
     if part.get("type", "text") != "text":
@@ -405,7 +406,7 @@ def _text(value: dict[str, object], key: str, where: str, wanted: str = SHAPES) 
     text = value[key]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: key {key!r} holds {type(text).__name__}, wanted a string.",
+            f"{where}: key {key!r} holds {kind_of(text)}, wanted a string.",
             fix=f"write text, as in {wanted}.",
         )
     try:

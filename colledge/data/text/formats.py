@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from colledge.errors import DataError
+from colledge.records import kind_of
 
 Entry = dict[str, Any]
 
@@ -93,7 +94,7 @@ def _is_sharegpt(messages: object) -> bool:
 
 def _sharegpt(entry: Entry, turns: object, where: str) -> Entry:
     if not isinstance(turns, list) or not turns:
-        seen = "an empty list" if turns == [] else type(turns).__name__
+        seen = "an empty list" if turns == [] else kind_of(turns)
         raise DataError(
             f"{where}: key 'conversations' holds {seen}, wanted a list of turns.",
             fix='write [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}].',
@@ -109,7 +110,7 @@ def _message(turn: object, where: str) -> Entry:
     if isinstance(turn, dict) and "role" in turn and "content" in turn:
         return turn
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
-        seen = ", ".join(map(repr, list(turn)[:8])) if isinstance(turn, dict) else type(turn).__name__
+        seen = ", ".join(map(repr, list(turn)[:8])) if isinstance(turn, dict) else kind_of(turn)
         raise DataError(
             f'{where}: saw {seen}, wanted {{"from": ..., "value": ...}}.',
             fix='write {"from": "human", "value": ...} or {"from": "gpt", "value": ...}.',
@@ -150,7 +151,7 @@ def _alpaca(entry: Entry, where: str) -> Entry:
     for key in ("instruction", "input", "output"):
         if not isinstance(entry.get(key, ""), str):
             raise DataError(
-                f"{where}: key {key!r} holds {type(entry[key]).__name__}, wanted a string.", fix="write text."
+                f"{where}: key {key!r} holds {kind_of(entry[key])}, wanted a string.", fix="write text."
             )
     for key in ("history", "system"):
         if entry.get(key):

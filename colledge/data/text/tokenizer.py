@@ -50,9 +50,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        return cast(
-            Tokenizer, AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer(["a text"])  # some values are looked at only now
+        return cast(Tokenizer, tokenizer)
     except (
         BaseException
     ) as fault:  # the libraries raise whatever malformed files make of them, Rust's own too
