@@ -9,6 +9,7 @@ from charset_normalizer import from_bytes
 from colledge.errors import DataError
 
 _SAMPLE_BYTES = 1 << 16  # enough to tell an encoding by
+_WESTERN = ("cp1252", "latin_1", "iso8859_15")
 _UTF8_MARK = b"\xef\xbb\xbf"
 _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     b"\xff\xfe\x00\x00": "utf-32",
@@ -73,10 +74,11 @@ def decode(path: Path, content: bytes, line: int = 1) -> str:
 def _guess(content: bytes, at: int) -> str:
     """Return which encoding a text looks like, by what surrounds a byte that is not UTF-8."""
     around = content[max(0, at - _SAMPLE_BYTES // 2) : at + _SAMPLE_BYTES // 2]
-    best = from_bytes(around).best() if len(around) > 40 else None  # of a few words any guess is as good
-    if best is not None and not best.encoding.startswith("utf"):
-        return best.encoding.replace("_", "-")
-    return "cp1252"  # what Western Windows writes; latin1 but for control characters that text has not
+    found = list(from_bytes(around)) if len(around) > 40 else []  # of a few words any guess is as good
+    western = [one for one in found if one.encoding in _WESTERN and one.chaos <= found[0].chaos]
+    if western or not found or found[0].encoding.startswith("utf"):
+        return "cp1252"  # what Western Windows writes; latin1 but for control characters that text has not
+    return found[0].encoding.replace("_", "-")
 
 
 def _wide_encoding(beginning: bytes) -> str | None:

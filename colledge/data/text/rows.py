@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -42,19 +41,15 @@ class Stream:
         ids: Of an integer type, [tokens].
         ends: Where each example ends, int64, [examples].
         learnt: Whether the loss counts each token, bool, [tokens]; None for all of them.
+        largest: The largest token, -1 if there is none.
         digest: Of the tokens and what is learnt; by it streams are told apart.
     """
 
     ids: npt.NDArray[Any]
     ends: Indices
     learnt: npt.NDArray[np.bool_] | None
+    largest: int
     digest: str
-
-    @cached_property
-    def largest(self) -> int:
-        """The largest token, -1 if there is none."""
-        blocks = range(0, len(self.ids), _BLOCK_TOKENS)
-        return max((int(self.ids[at : at + _BLOCK_TOKENS].max()) for at in blocks), default=-1)
 
 
 @dataclass(frozen=True)
@@ -177,7 +172,7 @@ def joined(tokens: Iterable[Tokens]) -> Stream:
         learnt = np.concatenate([one.mask for one in found])
     ends = np.cumsum([len(one.ids) for one in found], dtype=np.int64)
     digest = hashlib.sha256(ids.tobytes() + ends.tobytes() + (b"" if learnt is None else learnt.tobytes()))
-    return Stream(ids, ends, learnt, digest.hexdigest())
+    return Stream(ids, ends, learnt, int(ids.max(initial=-1)), digest.hexdigest())
 
 
 def rows_of(

@@ -46,6 +46,7 @@ class StoreMeta(Record):
     sizes: dict[str, int]
     digests: dict[str, str]
     token_type: Literal["uint16", "int32"]
+    largest: int
     sentences: tuple[str, ...] = ()
 
 
@@ -154,7 +155,9 @@ def _mapped(place: Path, meta: StoreMeta) -> Stream:
 
     learnt = array("learnt.bin", np.bool_) if "learnt.bin" in meta.sizes else None
     digest = hashlib.sha256(repr(sorted(meta.digests.items())).encode()).hexdigest()
-    return Stream(array("ids.bin", meta.token_type), array("ends.bin", np.int64), learnt, digest)
+    return Stream(
+        array("ids.bin", meta.token_type), array("ends.bin", np.int64), learnt, meta.largest, digest
+    )
 
 
 # -- writing -----------------------------------------------------------------------------------------------------
@@ -180,6 +183,7 @@ def _write(
             sizes={name: (partial / name).stat().st_size for name in names},
             digests={name: _digest(partial / name) for name in names},
             token_type=writer.token_type,
+            largest=writer.largest,
             sentences=tuple(noticed.sentences()),
         )
         write_atomically(partial / "meta.json", meta.to_json())
@@ -196,6 +200,7 @@ class _Writer:
     def __init__(self, folder: Path, token_type: Literal["uint16", "int32"]) -> None:
         self.token_type: Literal["uint16", "int32"] = token_type
         self.num_examples = self.num_tokens = 0
+        self.largest = -1
         self._folder = folder
         self._ids, self._ends = (folder / "ids.bin").open("wb"), (folder / "ends.bin").open("wb")
         self._learnt: IO[bytes] | None = None
@@ -226,6 +231,7 @@ class _Writer:
             self._learnt = (self._folder / "learnt.bin").open("wb")
             self._learnt.write(b"\1" * self.num_tokens)
         self.num_tokens += len(one.ids)
+        self.largest = max(self.largest, int(one.ids.max(initial=-1)))
         self._ids.write(one.ids.astype(self.token_type).tobytes())
         self._ends.write(np.int64(self.num_tokens).tobytes())
         if self._learnt is not None:

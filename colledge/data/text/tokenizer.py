@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from colledge.errors import ModelError, said_by
 
 BYTES = "bytes"
 _END = 256
+_OF_ANOTHER_VERSION = ("untagged enum", "Unknown tokenizer version", "unknown variant")
 
 
 class ByteTokenizer:
@@ -56,10 +58,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     ) as fault:  # the libraries raise whatever malformed files make of them, Rust's own too
         if not isinstance(fault, Exception) and type(fault).__name__ != "PanicException":
             raise
-        raise ModelError(
-            f"{folder}: no usable tokenizer there ({said_by(fault)}).",
-            fix="save the tokenizer beside the model with tokenizer.save_pretrained.",
-        ) from None
+        fix = "save the tokenizer beside the model with tokenizer.save_pretrained."
+        if any(words in str(fault) for words in _OF_ANOTHER_VERSION):
+            fix = f"it may be of a newer version: update tokenizers (here {version('tokenizers')}), or save it anew."
+        raise ModelError(f"{folder}: no usable tokenizer there ({said_by(fault)}).", fix=fix) from None
 
 
 def vocabulary_digest(tokenizer: Tokenizer) -> str:

@@ -189,6 +189,8 @@ def _with_places(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[Ids, 
 
 def _placed(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Ids, Ids]]:
     encoded = tokenizer(list(texts), **_PLAIN, return_offsets_mapping=True)
+    if "offset_mapping" not in encoded:
+        raise NotImplementedError("a tokenizer in Python")
     for ids, places in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
         yield np.array(ids, dtype=np.int64), starts, ends

@@ -1,0 +1,202 @@
+"""What people bring: other trainers' shapes, other encodings, folders; read and said, or named as what it is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from colledge.data import Example, find_files, read_examples
+from colledge.data.text.examples import Noticed
+from colledge.errors import DataError
+from colledge.launch.run_config import load_run
+
+
+def read(folder: Path, *entries: Any, seen: Noticed | None = None) -> list[Example]:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return read_examples(path, noticed=seen)
+
+
+def test_sharegpt_is_read_as_messages_and_said(tmp_path: Path) -> None:
+    call = json.dumps({"name": "weather", "arguments": {"place": "Bergen"}})
+    turns = [
+        {"from": "human", "value": "weather?"},
+        {"from": "function_call", "value": call},
+        {"from": "observation", "value": "rain"},
+        {"from": "gpt", "value": "It rains.", "weight": 1},
+    ]
+    seen = Noticed()
+    (one,) = read(tmp_path, {"conversations": turns, "system": "be kind", "tools": "[]", "id": 7}, seen=seen)
+    assert [role for role, _ in one.parts] == ["system", "user", "assistant", "tool", "assistant"]
+    assert one.messages[2]["tool_calls"][0]["function"] == json.loads(call)
+    assert one.messages[4] == {"role": "assistant", "content": "It rains.", "weight": 1}
+    assert one.columns == {"tools": [], "id": 7}
+    assert seen.sentences() == ["1 example(s) were read as ShareGPT."]
+    (other,) = read(
+        tmp_path, {"messages": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
+    )
+    assert other.parts == (("user", "a"), ("assistant", "b"))
+
+
+def test_alpaca_is_read_in_its_own_wording(tmp_path: Path) -> None:
+    seen = Noticed()
+    with_input, without = read(
+        tmp_path,
+        {"instruction": "Add.", "input": "2 and 2", "output": "4", "text": "all of it"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        seen=seen,
+    )
+    assert with_input.parts == (
+        (
+            "prompt",
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+            "### Input:\n2 and 2\n\n"
+            "### Response:\n",
+        ),
+        ("completion", "4"),
+    )
+    assert without.parts[0][1].startswith("Below is an instruction that describes a task. Write")
+    assert "### Input" not in without.parts[0][1]
+    assert seen.read_as == {"Alpaca": 2}
+
+
+def test_a_prompt_and_a_completion_of_messages_are_a_chat_of_which_the_prompt_is_not_learnt(
+    tmp_path: Path,
+) -> None:
+    prompt = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    (one,) = read(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
+    assert one.parts == (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    assert [message.get("weight", 1) for message in one.messages] == [1, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            ["preference data (chosen, rejected) are not read yet"],
+        ),
+        (
+            {"input": {"messages": []}, "preferred_output": [], "non_preferred_output": []},
+            ["preference data"],
+        ),
+        ({"prompt": "a", "completion": "b", "label": False}, ["KTO's data", "not read yet"]),
+        ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, ["several completions"]),
+        ({"input_ids": [1, 2], "labels": [1, 2]}, ["tokens (input_ids) are not read"]),
+        (
+            {"conversations": [{"from": "alien", "value": "a"}]},
+            ["conversations[0]", "'alien'", "human", "gpt"],
+        ),
+        ({"conversations": []}, ["'conversations'", "an empty list"]),
+        ({"conversations": [{"from": "function_call", "value": "no JSON"}]}, ["no call of a tool"]),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, ["Alpaca", "'history'"]),
+    ],
+)
+def test_what_is_not_read_is_called_what_it_is(
+    entry: dict[str, Any], words: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError) as error:
+        read(tmp_path, entry)
+    assert all(word in str(error.value) for word in ["line 1", *words])
+    assert "name the key `text`" not in str(error.value)
+
+
+def test_null_is_a_key_that_is_not_there(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": None}]
+    rows = [
+        {"text": "one", "prompt": None, "completion": None, "messages": None},
+        {"text": None, "prompt": None, "completion": None, "messages": chat},
+        {"text": None, "prompt": None, "completion": None, "messages": None},
+    ]
+    seen = Noticed()
+    assert [one.kind for one in read(tmp_path, *rows, seen=seen)] == ["text", "chat"]
+    assert seen.sentences() == ["1 example(s) hold no text and were left out."]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    found = read_examples(tmp_path / "data.parquet")
+    assert [one.kind for one in found] == ["text", "chat"]
+    assert found[1].messages[1] == {"role": "assistant", "content": "b"}
+
+
+TEXT = "Les élèves étaient là, près de la forêt où l'été s'achève doucement.\n" * 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (TEXT.encode("utf-16"), ["UTF-16", "iconv -f utf-16 -t utf-8 data.txt"]),
+        (TEXT.encode("utf-32"), ["UTF-32", "iconv -f utf-32"]),
+        (TEXT.encode("utf-16-le"), ["iconv -f utf-16-le"]),
+        (TEXT.encode("utf-16-be"), ["iconv -f utf-16-be"]),
+        (TEXT.encode("latin-1"), ["line 1: byte 0xe9", "iconv -f cp1252"]),
+        (
+            "Он сказал, что зима в этом году будет долгой и холодной.\n".encode("cp1251") * 3,
+            ["iconv -f cp1251"],
+        ),
+        (gzip.compress(TEXT.encode()), ["is a gzip file", "gunzip -c data.txt > unpacked.txt"]),
+        (b"PK\x03\x04" + b"x" * 50, ["is a zip file", "unzip -p"]),
+    ],
+)
+def test_other_encodings_are_named_with_their_cure(content: bytes, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        read_examples(path)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_folders_patterns_and_lists_are_files_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.TXT", "sub/c.json", ".hidden/d.txt", "._e.txt", "f.csv", "g.csv", "README"):
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    found = find_files([tmp_path / "data"])
+    assert [path.name for path in found.files] == ["a.TXT", "b.jsonl", "c.json"]
+    assert found.left_out == (
+        f"{tmp_path / 'data'}: not read: 2 .csv, 1 without a suffix, 2 hidden file(s).",
+    )
+    assert [p.name for p in find_files([tmp_path / "data" / "*.jsonl"]).files] == ["b.jsonl"]
+    assert find_files([tmp_path / "data" / "._e.txt"]).files[0].name == "._e.txt"  # named itself
+    with pytest.raises(DataError, match="is named twice"):
+        find_files([tmp_path / "data" / "b.jsonl", tmp_path / "data"])
+    with pytest.raises(DataError, match="no file is called so"):
+        find_files([tmp_path / "data" / "*.parquet"])
+    with pytest.raises(DataError, match=r"holds no file of \.jsonl.* \(1 hidden\)"):
+        find_files([_hidden_only(tmp_path)])
+
+
+def _hidden_only(folder: Path) -> Path:
+    (folder / "only" / ".x").mkdir(parents=True)
+    (folder / "only" / ".x" / "a.txt").write_text("a")
+    return folder / "only"
+
+
+def test_a_run_takes_several_files_by_the_folder_of_its_own(tmp_path: Path) -> None:
+    run = {
+        "model": "m",
+        "pool": "pool.yaml",
+        "data": {"train": ["a.jsonl", "more/*.jsonl"], "validation": "held.txt"},
+    }
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps({**run, "evaluate_every": 1}))
+    data = load_run(path).data
+    assert data.train == (tmp_path / "a.jsonl", tmp_path / "more" / "*.jsonl")
+    assert data.validation == (tmp_path / "held.txt",)
+    assert load_run(path, ["data.train=/x/b.txt"]).data.train == (Path("/x/b.txt"),)
+
+
+@pytest.mark.parametrize("name", ["org/name", "tatsu-lab/alpaca"])
+def test_a_hub_id_is_called_what_it_is(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data sets of a hub \(org/name\) are not read yet"):
+        read_examples(tmp_path / name)
