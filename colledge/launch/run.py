@@ -150,7 +150,8 @@ def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
     Raises:
         ConfigError: A row is longer than the model's positions, or a token is not in its vocabulary.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    sizes = model.config.get_text_config()
+    positions = getattr(sizes, "max_position_embeddings", None)
     length = data.train.sequence_length
     if positions is not None and length > positions:
         raise ConfigError(
@@ -158,9 +159,9 @@ def check_data(data: RunData, model: HuggingFaceCausalLM) -> None:
             fix=f"set data.sequence_length to at most {positions}.",
         )
     largest = max(rows.largest for rows in (data.train, data.validation) if rows is not None)
-    if largest >= model.config.vocab_size:
+    if largest >= sizes.vocab_size:
         raise ConfigError(
-            f"the tokenizer makes token {largest}, the model's vocabulary has {model.config.vocab_size}.",
+            f"the tokenizer makes token {largest}, the model's vocabulary has {sizes.vocab_size}.",
             fix="give the tokenizer that belongs to this model.",
         )
 

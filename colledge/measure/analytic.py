@@ -46,7 +46,7 @@ def model_profile_from_config(
     Raises:
         ModelError: There are more tokens than positions, or the library's code looks at values.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and sequence_length > positions:
         raise ModelError(
             f"the sequence length is {sequence_length}, the model has {positions} positions.",

@@ -141,7 +141,10 @@ class ShardedBlock:
 
 _ATTENTION_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
-_SIDE_BY_SIDE = ("qkv_proj", "c_attn")  # all queries, all keys, all values
+_SIDE_BY_SIDE = (
+    ("qkv_proj", "o_proj"),
+    ("c_attn", "c_proj"),
+)  # all queries, all keys, all values; and the output
 _GROUPED = ("query_key_value",)  # of each KV group its queries, its key and its value
 _MLPS = (  # column-parallel linears, then the row-parallel one
     ("gate_proj", "up_proj", "down_proj"),
@@ -203,7 +206,8 @@ def _attention(path: str, module: nn.Module) -> tuple[int, int, tuple[ShardedLin
     parts: dict[str, tuple[int, ...]]
     head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
     output = next((name for name in _ATTENTION_OUTPUTS if name in sizes), None)
-    fused = next((name for name in (*_SIDE_BY_SIDE, *_GROUPED) if name in sizes), None)
+    side_by_side = (fused for fused, out in _SIDE_BY_SIDE if out == output)
+    fused = next((name for name in (*side_by_side, *_GROUPED) if name in sizes), None)
     if output is None or not isinstance(head_dim, int):
         return None
     queries = sizes[output][0]
