@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -161,13 +162,73 @@ def test_what_is_left_and_what_is_old_goes(folder: Path, tmp_path: Path, cache: 
     stored_tokens([write(tmp_path / "a.jsonl", [{"text": "what"}])], folder, tokenizer, "all")
     (old,) = cache.iterdir()
     os.utime(old / "meta.json", (0, 0))
-    left = cache / ".partial-killed"
-    left.mkdir()
-    os.utime(left, (0, 0))
-    stored_tokens([write(tmp_path / "a.jsonl", [{"text": "is"}])], folder, tokenizer, "all")
+    left, busy = cache / ".partial-killed", cache / ".partial-busy"
+    for partial in (left, busy):
+        partial.mkdir()
+        (partial / "ids.bin").write_bytes(b"12")
+    (left / "lock").touch()
+    with (busy / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stored_tokens([write(tmp_path / "a.jsonl", [{"text": "is"}])], folder, tokenizer, "all")
     assert not old.exists()
     assert not left.exists()
+    assert len(list(cache.iterdir())) == 2
+    assert busy.exists()
+
+
+def test_two_that_write_the_same_at_once_both_have_it(folder: Path, tmp_path: Path, cache: Path) -> None:
+    path, tokenizer = write(tmp_path / "a.jsonl", [{"text": "what is it?"}]), load_tokenizer(folder)
+    found = []
+
+    class Slow:
+        """A tokenizer in whose first call another process comes and is quicker."""
+
+        eos_token_id = tokenizer.eos_token_id
+        chat_template = None
+
+        def __len__(self) -> int:
+            return len(tokenizer)
+
+        def __call__(self, *texts: Any, **options: Any) -> Any:
+            if not found:
+                found.append(stored_tokens([path], folder, tokenizer, "all")[0])
+            return tokenizer(*texts, **options)
+
+    slow, _ = stored_tokens([path], folder, Slow(), "all")  # type: ignore[arg-type]
+    assert slow.ids.tolist() == found[0].ids.tolist()
     assert len(list(cache.iterdir())) == 1
+
+
+def test_what_lies_below_a_model_is_not_its_tokenizer(folder: Path, tmp_path: Path) -> None:
+    path, tokenizer = write(tmp_path / "a.jsonl", [{"text": "what"}]), load_tokenizer(folder)
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    stored_tokens([path], place, tokenizer, "all")
+    (place / "runs").mkdir()
+    (place / "runs" / "metrics.json").write_text("1")
+    (place / "model.safetensors").write_bytes(b"weights")
+    stored_tokens([path], place, Broken(), "all")  # type: ignore[arg-type]
+    (place / "additional_chat_templates").mkdir()
+    (place / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    for name in ("additional_chat_templates/short.jinja", "words.tiktoken"):
+        (place / name).write_text("other")
+        with pytest.raises(AssertionError, match="tokenised again"):
+            stored_tokens([path], place, Broken(), "all")  # type: ignore[arg-type]
+        (place / name).unlink()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_what_was_read_is_not_kept_in_memory(folder: Path, tmp_path: Path) -> None:
+    entries = [{"prompt": "what", "completion": "is it? " * 50} for _ in range(50)]
+    path, tokenizer = write(tmp_path / "a.jsonl", entries), load_tokenizer(folder)
+    stream, _ = stored_tokens([path], folder, tokenizer, "answers")
+    for packing in (True, False):
+        rows = rows_of(stream, 16, 0, packing=packing)
+        rows.batch(torch.arange(rows.num_rows))
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags")
+    ours = [one for one in maps if str(tmp_path) in one]
+    assert len(ours) == 3
+    assert all("\nRss:                   0 kB" in one for one in ours)
 
 
 def test_what_cannot_be_stored_is_one_line(folder: Path, tmp_path: Path, cache: Path) -> None:

@@ -12,6 +12,7 @@ Rows are places in a stream of tokens, which may lie on a disk: a row's tokens a
 from __future__ import annotations
 
 import hashlib
+import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +51,12 @@ class Stream:
     learnt: npt.NDArray[np.bool_] | None
     largest: int
     digest: str
+
+    def release(self) -> None:
+        """Give back the memory that reading files took; the system still caches what it has room for."""
+        for array in (self.ids, self.ends, self.learnt):
+            if array is not None and isinstance(array.base, mmap.mmap):
+                array.base.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True)
@@ -120,6 +127,7 @@ class Rows:
                 ids[row, at : at + count] = self.stream.ids[place : place + count]
                 if self.stream.learnt is not None:
                     learnt[row, at : at + count] = self.stream.learnt[place : place + count]
+        self.stream.release()
         input_ids = torch.from_numpy(ids)
         inputs = {"input_ids": input_ids}
         lengths = torch.from_numpy(self.lengths[indices.numpy()])
@@ -196,7 +204,7 @@ def rows_of(
     whole = np.zeros((2, 1), dtype=np.int64)
     if not packing:
         lengths = np.minimum(stops - starts, sequence_length)
-        num_cut = int((stops - starts > sequence_length).sum())
+        num_cut = int((lengths < stops - starts).sum())
         return _kept(Rows(stream, starts, lengths, sequence_length, end, whole, num_cut))
     used = whole if chosen is None else _runs(starts, stops)
     total = int((stops - starts).sum())
@@ -224,7 +232,10 @@ def _kept(rows: Rows) -> Rows:
             "there is nothing to learn: wanted a row with a token after its first that the loss counts.",
             fix="give more text, or longer rows where answers are cut off.",
         )
+    rows.stream.release()
     dropped = int((~keep).sum())
+    if not dropped:
+        return rows
     return replace(rows, begins=rows.begins[keep], lengths=rows.lengths[keep], num_dropped=dropped)
 
 
@@ -238,5 +249,6 @@ def _with_answers(rows: Rows) -> Iterator[npt.NDArray[np.bool_]]:
         base, stop = int(begins[0]), int(begins[-1] + lengths[-1])
         parts = [learnt[place : place + count] for _, place, count in rows._places(base, stop - base)]
         counts = np.concatenate([[0], np.cumsum(np.concatenate(parts), dtype=np.int64)])
+        rows.stream.release()
         first = np.minimum(begins + 1, begins + lengths) - base
         yield counts[begins + lengths - base] > counts[first]

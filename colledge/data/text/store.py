@@ -5,19 +5,22 @@
       ends.bin       int64, where each example ends
       learnt.bin     bool, what the loss counts; not there where it counts all
       meta.json      sizes and digests of these files, written last
+      lock           held while it is written
 
 A store is written beside its place and renamed into it, so that it is there whole or not at all. One that is damaged,
-or has not been used for a month when another is written, is removed.
+whose writer was killed, or that has not been used for a month when another is written, is removed.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -34,9 +37,10 @@ from colledge.settings import LossOn
 _FORMAT = "1"  # another number where the same data would give other tokens
 _CHUNK_BYTES = 1 << 22
 _KEPT_S = 30 * 24 * 3600.0
-_STALE_S = 24 * 3600.0  # what a killed process left half written
 _LINE_EVERY_S = 5.0
-_OF_A_TOKENIZER = (".json", ".jinja", ".model", ".txt")
+_PARTIAL = ".partial-"
+_TEMPLATES = "additional_chat_templates"  # a folder in a tokenizer's
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
 class StoreMeta(Record):
@@ -101,12 +105,8 @@ def _key(files: Sequence[Path], tokenizer_folder: Path, loss_on: LossOn) -> str:
 
     versions = (tokenizers.__version__, transformers.__version__, jinja2.__version__)
     made = hashlib.sha256(repr((_FORMAT, loss_on, versions)).encode())
-    texts = (
-        path
-        for path in sorted(tokenizer_folder.rglob("*"))
-        if path.suffix in _OF_A_TOKENIZER and path.is_file()
-    )
-    for path in texts:
+    inside = [*tokenizer_folder.iterdir(), *tokenizer_folder.glob(f"{_TEMPLATES}/*")]
+    for path in sorted(path for path in inside if path.is_file() and path.suffix not in _WEIGHTS):
         made.update(repr((str(path.relative_to(tokenizer_folder)), _digest(path))).encode())
     for path in files:
         check_name(path)
@@ -168,8 +168,7 @@ def _write(
 ) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     _clean(place.parent)
-    partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=place.parent))
-    try:
+    with _partial(place.parent) as partial:
         noticed = Noticed()
         examples = iterate_examples(files, noticed=noticed)
         tokens = tokenize(examples, tokenizer, loss_on, noticed=noticed)
@@ -178,7 +177,7 @@ def _write(
         if writer.num_examples == 0:
             named = ", ".join(map(str, files))
             raise DataError(f"{named}: holds no text.", fix="give a file with at least one row of text.")
-        names = [path.name for path in sorted(partial.iterdir())]
+        names = [path.name for path in sorted(partial.glob("*.bin"))]
         meta = StoreMeta(
             sizes={name: (partial / name).stat().st_size for name in names},
             digests={name: _digest(partial / name) for name in names},
@@ -188,8 +187,22 @@ def _write(
         )
         write_atomically(partial / "meta.json", meta.to_json())
         partial.chmod(0o755)
-        if not place.exists():  # else another process was quicker, and wrote the same
+        try:
             os.replace(partial, place)
+        except OSError:
+            if not place.is_dir():  # else another process was quicker, and wrote the same
+                raise
+
+
+@contextmanager
+def _partial(home: Path) -> Iterator[Path]:
+    """Make a folder to write in, which is locked, and removed if it still is there at the end."""
+    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=home))
+    try:
+        with (partial / "lock").open("w") as lock:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -240,13 +253,11 @@ class _Writer:
 
 def _clean(home: Path) -> None:
     """Remove what a killed process left, and stores that nobody has used for long."""
-    now_s = time.time()
     for folder in home.iterdir():
-        stamp = folder if folder.name.startswith(".partial-") else folder / "meta.json"
-        limit_s = _STALE_S if stamp is folder else _KEPT_S
-        try:
-            old = now_s - stamp.stat().st_mtime > limit_s
-        except OSError:
-            old = folder.name.startswith(".partial-")
-        if old:
-            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            if folder.name.startswith(_PARTIAL):
+                with (folder / "lock").open("r+") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+            elif time.time() - (folder / "meta.json").stat().st_mtime > _KEPT_S:
+                shutil.rmtree(folder, ignore_errors=True)
