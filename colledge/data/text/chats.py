@@ -291,7 +291,9 @@ def _template_of(tokenizer: ChatTokenizer, with_tools: bool, where: str) -> str:
     return templates[name]
 
 
-def _refused(where: str, why: str, fix: str = "change the roles or their order") -> DataError:
+def _refused(
+    where: str, why: str, fix: str = "change the roles or their order, or mend the template"
+) -> DataError:
     return DataError(f"{where}: the chat template refuses these messages ({why}).", fix=f"{fix}.")
 
 
