@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from colledge.launch.cli import main
-from tests.unit import mutated_files
+from tests.unit import mutated_world
 from tests.unit.mutated_files import RECORDS, Ended, judge, run, trials, whole_or_said, world
 
 assert main  # torch and transformers are imported before the first deadline begins
@@ -60,6 +60,6 @@ def test_a_command_that_takes_for_ever_is_ended(tmp_path: Path, monkeypatch: pyt
         while True:
             pass
 
-    monkeypatch.setattr(mutated_files, "_HANG_S", 0.1)
-    monkeypatch.setattr(mutated_files, "main", forever)
+    monkeypatch.setattr(mutated_world, "_HANG_S", 0.1)
+    monkeypatch.setattr(mutated_world, "main", forever)
     assert "Hang" in run(tmp_path, "report", "x").errors
