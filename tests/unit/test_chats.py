@@ -269,3 +269,86 @@ def test_documents_begin_as_the_tokenizer_has_it_and_chats_as_their_template_say
     )
     assert texts[:2] == ["<|bos|>a<|end|>", "<|bos|>b[c<|end|>]"]
     assert not texts[2].startswith("<|bos|>")
+
+
+RANGE = (
+    "{% for i in range(messages|length) %}<|{{ messages[i].role }}|>{% if messages[i].role == 'assistant' %}"
+    "{% generation %}{{ messages[i].content }}<|end|>{% endgeneration %}{% else %}{{ messages[i].content }}<|end|>"
+    "{% endif %}{% endfor %}"
+)
+NESTED = (  # what tools answer stands within the assistant's turn
+    "{% for m in messages %}{% if m.role != 'tool' %}<|{{ m.role }}|>{{ m.content }}"
+    "{% for t in messages[loop.index0 + 1:] %}{% if t.role != 'tool' %}{% break %}{% endif %}<result>{{ t.content }}"
+    "</result>{% endfor %}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LATE = (  # writes each message when the next one comes
+    "{% set ns = namespace(last=none) %}{% for m in messages %}{% if ns.last %}<|{{ ns.last.role }}|>"
+    "{{ ns.last.content }}<|end|>{% endif %}{% set ns.last = m %}{% endfor %}<|{{ ns.last.role }}|>"
+    "{{ ns.last.content }}<|end|>{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKS_LAST = PLAIN.replace(
+    "{{ m.content }}<|end|>",
+    "{% if loop.last and m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>{% endgeneration %}{% else %}"
+    "{{ m.content }}<|end|>{% endif %}",
+)
+
+
+def test_templates_that_hide_who_speaks_are_learnt_right_or_refused(tokenizer: Any, tmp_path: Path) -> None:
+    weighted = [CHATS[0][0], CHATS[0][1] | {"weight": 0}, *CHATS[0][2:]]
+    with pytest.raises(DataError, match=r"does not tell where messages\[1\] stands, whose weight is 0"):
+        marked(tmp_path, tokenizer, RANGE, {"messages": weighted})
+    assert marked(tmp_path, tokenizer, RANGE, {"messages": CHATS[1]}) == [
+        "<|user|>two<|end|><|assistant|>[four <|end|>]"
+    ]
+    chat = [
+        CHATS[0][0],
+        {"role": "assistant", "content": "call"},
+        {"role": "tool", "content": "OUT"},
+        *CHATS[0][2:],
+    ]
+    (text,) = marked(tmp_path, tokenizer, NESTED, {"messages": chat})
+    assert (
+        "<|assistant|>[call<result>]OUT[</result><|end|>]" in text
+        or "[call]<result>OUT</result>[<|end|>]" in text
+    )
+    (text,) = marked(tmp_path, tokenizer, LATE, {"messages": CHATS[0]})
+    assert (
+        text
+        == "<|user|>kettle?<|end|><|assistant|>[moss<|end|>]<|user|>lantern<|end|><|assistant|>[tide over<|end|>]"
+    )
+    (text,) = marked(tmp_path, tokenizer, MARKS_LAST, {"messages": CHATS[0][:3]})
+    assert "[" not in text  # as the template says
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "said"),
+    [
+        ("{% if m.tool_calls %}calls{% endif %}", {"tool_calls": "weather"}, "'tool_calls' of messages[1]"),
+        (
+            (
+                "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}",
+                {"tool_calls": "weather"},
+                "'tool_calls'",
+            ),
+            {"tool_calls": "weather"},
+            "'tool_calls' of messages[1]",
+        ),
+        (
+            "{% if m.reasoning_content %}(thought){% endif %}",
+            {"reasoning_content": "WHY"},
+            "'reasoning_content'",
+        ),
+        ("{% if tools %}You have tools.{% endif %}", {"tools": "weather"}, "'tools'"),
+    ],
+)
+def test_what_is_tested_and_not_written_is_lost(
+    template: str, change: dict[str, str], said: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    ((key, value),) = change.items()
+    function = {"type": "function", "function": {"name": value, "arguments": {"place": "Bergen"}}}
+    columns = {"tools": [function]} if key == "tools" else {}
+    more = {} if key == "tools" else {key: [function] if key == "tool_calls" else value}
+    entry = {"messages": [CHATS[1][0], CHATS[1][1] | more], **columns}
+    with pytest.raises(DataError) as error:
+        marked(tmp_path, tokenizer, PLAIN.replace("<|end|>", f"{template}<|end|>"), entry)
+    assert said in str(error.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def test_sharegpt_is_read_as_messages_and_said(tmp_path: Path) -> None:
         tmp_path, {"messages": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
     )
     assert other.parts == (("user", "a"), ("assistant", "b"))
+    (named,) = read(
+        tmp_path, {"messages": [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]}
+    )
+    assert named.parts == other.parts
 
 
 def test_alpaca_is_read_in_its_own_wording(tmp_path: Path) -> None:
@@ -97,6 +102,9 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat_of_which_the_prompt_is
             ["conversations[0]", "'alien'", "human", "gpt"],
         ),
         ({"conversations": []}, ["'conversations'", "an empty list"]),
+        ({"prompt": "a", "completion": "b", "label": 0}, ["KTO's data"]),
+        ({"conversations": [{"from": "gpt", "value": "a"}], "messages": []}, ["messages and conversations"]),
+        ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, ["'system' and a first turn"]),
         ({"conversations": [{"from": "function_call", "value": "no JSON"}]}, ["no call of a tool"]),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, ["Alpaca", "'history'"]),
     ],
@@ -140,6 +148,8 @@ TEXT = "Les élèves étaient là, près de la forêt où l'été s'achève douc
         (TEXT.encode("utf-16-le"), ["iconv -f utf-16-le"]),
         (TEXT.encode("utf-16-be"), ["iconv -f utf-16-be"]),
         (TEXT.encode("latin-1"), ["line 1: byte 0xe9", "iconv -f cp1252"]),
+        (("på æbler øl år\n" * 20).encode("latin-1"), ["iconv -f cp1252"]),
+        (("ganz schön müde, größer als üblich\n" * 5).encode("cp1252"), ["iconv -f cp1252"]),
         (
             "Он сказал, что зима в этом году будет долгой и холодной.\n".encode("cp1251") * 3,
             ["iconv -f cp1251"],
@@ -201,3 +211,9 @@ def test_a_run_takes_several_files_by_the_folder_of_its_own(tmp_path: Path) -> N
 def test_a_hub_id_is_called_what_it_is(name: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data sets of a hub \(org/name\) are not read yet"):
         read_examples(tmp_path / name)
+
+
+def test_a_pipe_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        read_examples(tmp_path / "pipe.jsonl")

@@ -1,7 +1,6 @@
 """Chats to text by the tokenizer's own template, and where in it the assistant's answers stand.
 
-The template is run a second time with marks: at both ends of what it writes for a message, and where it marks
-answers itself with {% generation %}. Without the marks both texts are the same, so the marks say what is whose:
+The template is run a second time with marks (`templates`), which say what of the text is whose:
 
     <|user|>kettle <|assistant|>moss<|end|> <|user|>lantern <|assistant|><think></think>tide<|end|>
                    [ message 1            ][ message 2     ][ message 3                           ]
@@ -18,33 +17,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
-from functools import lru_cache
 from typing import Any, Protocol
 
-from jinja2 import Environment, Template, TemplateError, meta, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Macro
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
+from jinja2 import TemplateError
 
+from colledge.data.text.templates import REASONING, Marked, Message, Read, Span, names_read, run_with_marks
 from colledge.errors import DataError, ModelError
-
-Message = dict[str, Any]
-Span = tuple[int, int]  # of characters, half-open
 
 ASSISTANT = "assistant"
 
-# Characters that are in no text: Unicode keeps them for programs' own use.
-_BEGIN, _NUMBERED, _END, _ANSWER, _ANSWERED = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
-_MARKS = re.compile(f"{_BEGIN}(\\d+){_NUMBERED}|{_END}|{_ANSWER}|{_ANSWERED}")
-_STANDARD = frozenset(
-    ("messages", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token")
-)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers
 _THINKING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]", re.IGNORECASE)  # a tag, such as <think>
-# Names of one thing, the model's thinking: transformers gives a template all of them.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
 # Keys of a message that name it and say nothing: templates may leave them out.
 _NAMES = frozenset(
     {
@@ -94,13 +77,8 @@ class Rendered:
 def read_by_template(tokenizer: ChatTokenizer) -> frozenset[str]:
     """Return the names that a tokenizer's templates read beside the messages, such as `tools`."""
     templates = tokenizer.chat_template or {}
-    found: set[str] = set()
-    for source in templates.values() if isinstance(templates, Mapping) else (templates,):
-        try:
-            found |= meta.find_undeclared_variables(_environment().parse(source))
-        except TemplateError:
-            continue  # rendering says what is wrong with it
-    return frozenset(found - _STANDARD - _environment().globals.keys())
+    sources = templates.values() if isinstance(templates, Mapping) else (templates,)
+    return frozenset().union(*map(names_read, sources))
 
 
 def render(
@@ -140,8 +118,8 @@ def render(
         except DataError as found:
             fault = fault or found
             continue
-        if _is_lossy(chat, marked.messages, text):
-            fault = fault or _lost(chat, text, where)
+        if _is_lossy(chat, marked.messages, arguments, text):
+            fault = fault or _lost(chat, arguments, text, where)
             continue
         unread = _check_read(chat, marked.messages, where)
         if not answers:
@@ -212,49 +190,89 @@ def _with_objects(message: Message) -> Message:
     return {**message, "tool_calls": found}
 
 
-def _is_lossy(chat: Sequence[Message], read: Sequence[_Read], text: str) -> bool:
-    """Return whether a template left a message's content out, or wrote lists as Python does or JSON within JSON."""
-    if _missing(chat, text) is not None:
+def _is_lossy(chat: Sequence[Message], read: Sequence[Read], arguments: Mapping[str, Any], text: str) -> bool:
+    """Return whether a template left something out, or wrote lists as Python does or JSON within JSON."""
+    if _lost_part(chat, arguments, text) is not None:
         return True
     for message, seen in zip(chat, read, strict=True):
         if isinstance(message.get("content"), list) and not all("text" in part._read for part in seen._parts):
             return True
-        for call in message.get("tool_calls") or ():
-            inner = call.get("function") if isinstance(call, dict) else None
-            given = inner.get("arguments") if isinstance(inner, dict) else None
+        for _, given in _calls(message):
             if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in text:
                 return True
     return False
 
 
-def _missing(chat: Sequence[Message], text: str) -> int | None:
-    """Return the number of a message whose content is not in a text, spaces and finished thinking aside."""
+def _lost_part(chat: Sequence[Message], arguments: Mapping[str, Any], text: str) -> str | None:
+    """Return in words what of a chat is not in a text, None if all is; thinking may be taken out of some turns."""
     for number, message in enumerate(chat):
-        content = message.get("content", "")
-        for part in [content] if isinstance(content, str) else [part["text"] for part in content]:
-            said = part.rpartition("</think>")[2].strip()
-            if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
-                return number
-    return None
+        if not _is_written(message, text):
+            return f"the content of messages[{number}]"
+        for name, given in _calls(message):
+            if not all(_has(text, part) for part in (name, *_leaves(given))):
+                return f"all of key 'tool_calls' of messages[{number}]"
+    tools = (tool.get("function", tool) for tool in arguments.get("tools") or ())
+    if not all(_has(text, tool.get("name", "")) for tool in tools if isinstance(tool, dict)):
+        return "all of key 'tools'"
+    thoughts = [
+        (f"key {key!r} of messages[{number}]", message[key].strip())
+        for number, message in enumerate(chat)
+        for key in REASONING
+        if isinstance(message.get(key), str)
+    ]
+    return None if not thoughts or any(_has(text, said) for _, said in thoughts) else thoughts[0][0]
 
 
-def _lost(chat: Sequence[Message], text: str, where: str) -> DataError:
-    number = _missing(chat, text)
-    what = "lists of parts or calls of tools" if number is None else f"the content of messages[{number}]"
+def _is_written(message: Message, text: str) -> bool:
+    """Return whether a message's content is in a text, spaces aside, and an answer's finished thinking."""
+    content = message.get("content", "")
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    if message["role"] == ASSISTANT:
+        parts = [part.rpartition("</think>")[2] for part in parts]
+    return all(_has(text, part.strip()) for part in parts)
+
+
+def _has(text: str, part: object) -> bool:
+    said = part if isinstance(part, str) else json.dumps(part)
+    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text or str(part) in text
+
+
+def _calls(message: Message) -> Iterator[tuple[str, Any]]:
+    """Yield name and arguments of a message's calls of tools."""
+    for call in message.get("tool_calls") or ():
+        inner = call.get("function", call)
+        if isinstance(inner, dict):
+            yield str(inner.get("name", "")), inner.get("arguments", {})
+
+
+def _leaves(given: Any) -> Iterator[object]:
+    """Yield the values in the arguments of a call; of JSON, those that it says."""
+    if isinstance(given, str):
+        with suppress(ValueError):
+            given = json.loads(given)
+    if isinstance(given, dict | list):
+        for inner in given.values() if isinstance(given, dict) else given:
+            yield from _leaves(inner) if isinstance(inner, dict | list) else [inner]
+    else:
+        yield given
+
+
+def _lost(chat: Sequence[Message], arguments: Mapping[str, Any], text: str, where: str) -> DataError:
+    what = _lost_part(chat, arguments, text) or "lists of parts or calls of tools"
     return DataError(
         f"{where}: the chat template does not write {what}, so it would be lost.",
         fix="use a template that writes it, or take it out of the data.",
     )
 
 
-def _check_read(chat: Sequence[Message], read: Sequence[_Read], where: str) -> tuple[str, ...]:
+def _check_read(chat: Sequence[Message], read: Sequence[Read], where: str) -> tuple[str, ...]:
     """Refuse a chat of which the template leaves something out; return left out keys that only name things."""
     unread = []
     for number, (message, seen) in enumerate(zip(chat, read, strict=True)):
         at = f"{where}, messages[{number}]"
         missed = [key for key in message if key not in seen._read and message[key] not in ("", [], {})]
-        if any(key in seen._read for key in _REASONING):
-            missed = [key for key in missed if key not in _REASONING]
+        if any(key in seen._read for key in REASONING):
+            missed = [key for key in missed if key not in REASONING]
         for key in missed:
             if key == "role" and "content" in seen._read:
                 continue
@@ -320,138 +338,6 @@ def _line(fault: Exception) -> str:
     return said if isinstance(fault, TemplateError) and said else f"{type(fault).__name__}: {said}"
 
 
-class _Read(dict[str, Any]):
-    """A message, or a part of one, that notes which of its keys are read."""
-
-    def __init__(self, values: Mapping[str, Any], number: int) -> None:
-        super().__init__(values)
-        self._number = number
-        self._read: set[str] = set()
-        self._parts: list[_Read] = []
-        if isinstance(values.get("content"), list):
-            self._parts = [_Read(part, -1) for part in values["content"]]
-            super().__setitem__("content", self._parts)
-
-    def __getitem__(self, key: str) -> Any:
-        self._read.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self._read.add(key)
-        return super().get(key, default)
-
-    def items(self) -> Any:
-        self._read.update(self)
-        return super().items()
-
-    def values(self) -> Any:
-        self._read.update(self)
-        return super().values()
-
-
-class _Answers(Extension):
-    """{% generation %} ... {% endgeneration %}, with which templates mark what the model is to learn."""
-
-    tags = {"generation"}  # noqa: RUF012 - as Jinja has it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Macro) -> str:
-        return f"{_ANSWER}{caller()}{_ANSWERED}"
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    """Return the environment in which transformers runs chat templates, and the marks beside it."""
-    made = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Answers, loopcontrols]
-    )
-    made.filters["tojson"] = _tojson
-    made.globals |= {"raise_exception": _raise, "strftime_now": _now, "_begin": _begin, "_end": _end}
-    return made
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _begin(item: object) -> str:
-    return f"{_BEGIN}{item._number}{_NUMBERED}" if isinstance(item, _Read) and item._number >= 0 else ""
-
-
-def _end(item: object) -> str:
-    return _END if isinstance(item, _Read) and item._number >= 0 else ""
-
-
-@lru_cache(maxsize=16)
-def _compiled(source: str) -> Template:
-    """Return a template that marks what it writes for each message: in every loop, around its body."""
-    environment = _environment()
-    code = environment.compile(_Marker().visit(environment.parse(source)))
-    return Template.from_code(environment, code, environment.make_globals(None))
-
-
-class _Marker(NodeTransformer):
-    """Puts marks around the body of every loop, and before what leaves it early."""
-
-    def __init__(self) -> None:
-        self._loops: list[nodes.For] = []
-
-    def visit_For(self, loop: nodes.For) -> nodes.For:
-        self._loops.append(loop)
-        self.generic_visit(loop)
-        self._loops.pop()
-        if isinstance(loop.target, nodes.Name):
-            loop.body = [_mark("_begin", loop), *loop.body, _mark("_end", loop)]
-        return loop
-
-    def _leaving(self, node: nodes.Node) -> list[nodes.Node]:
-        loop = self._loops[-1] if self._loops else None
-        return [_mark("_end", loop), node] if loop and isinstance(loop.target, nodes.Name) else [node]
-
-    visit_Break = visit_Continue = _leaving
-
-
-def _mark(function: str, loop: nodes.For) -> nodes.Node:
-    item = nodes.Name(loop.target.name, "load")  # type: ignore[attr-defined] # a Name, as its caller knows
-    call = nodes.Call(nodes.Name(function, "load"), [item], [], None, None)
-    return nodes.Output([call]).set_lineno(loop.lineno)
-
-
-@dataclass(frozen=True)
-class _Marked:
-    """What the marked template wrote: the text, where each message stands in it, and what it marks as answers."""
-
-    text: str
-    turns: tuple[tuple[int, int, int], ...]  # number, begin and end of what was written for a message
-    generated: tuple[Span, ...]
-    messages: tuple[_Read, ...]
-
-    @property
-    def end(self) -> int:
-        """Where what is written for messages ends."""
-        return max((stop for _, _, stop in self.turns), default=0)
-
-
 def _run(
     chat: Sequence[Message],
     arguments: Mapping[str, Any],
@@ -459,39 +345,12 @@ def _run(
     template: str,
     where: str,
     prompt: bool = False,
-) -> _Marked:
-    aliased = [_with_reasoning(message) for message in chat]
-    messages = tuple(_Read(message, number) for number, message in enumerate(aliased))
-    names = {**getattr(tokenizer, "special_tokens_map", {}), "tools": None, "documents": None, **arguments}
+) -> Marked:
+    names = {**getattr(tokenizer, "special_tokens_map", {}), **arguments}
     try:
-        written = _compiled(template).render(messages=list(messages), add_generation_prompt=prompt, **names)
-    except Exception as fault:
+        return run_with_marks(chat, template, names, prompt)
+    except Exception as fault:  # as above
         raise _refused(where, _line(fault)) from None
-    text, at, last = [], 0, 0
-    turns: list[tuple[int, int, int]] = []
-    generated: list[Span] = []
-    begun: list[tuple[int, int]] = []
-    opened: list[int] = []
-    for mark in _MARKS.finditer(written):
-        text.append(written[last : mark.start()])
-        at, last = at + mark.start() - last, mark.end()
-        if mark.group(1) is not None:
-            begun.append((int(mark.group(1)), at))
-        elif mark.group() == _END and begun:
-            turns.append((*begun.pop(), at))
-        elif mark.group() == _ANSWER:
-            opened.append(at)
-        elif mark.group() == _ANSWERED and opened:
-            generated.append((opened.pop(), at))
-    text.append(written[last:])
-    written_for = [turn for turn in turns if turn[1] < turn[2]]
-    return _Marked("".join(text), tuple(written_for), tuple(generated), messages)
-
-
-def _with_reasoning(message: Message) -> Message:
-    """Return a message with its thinking under each name that templates read, as transformers gives it."""
-    found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
 
 # -- where answers are -----------------------------------------------------------------------------------------------
@@ -504,25 +363,48 @@ def _answers(
     tokenizer: ChatTokenizer,
     template: str,
     where: str,
-    marked: _Marked,
+    marked: Marked,
     text: str,
 ) -> list[Span]:
     """Return where the answers stand that are to be learnt: what the template marks, else what follows its prompts."""
-    if marked.text == text and marked.generated:
-        left_out = [(a, b) for number, a, b in marked.turns if not weights[number]]
-        return [span for span in marked.generated if not any(a <= span[0] < b for a, b in left_out)]
+    told = {number for number, _, _ in marked.turns} if marked.text == text else set()
     learnt = [
         number for number, message in enumerate(chat) if message["role"] == ASSISTANT and weights[number]
     ]
-    if marked.text == text and {number for number, _, _ in marked.turns} >= set(learnt):
+    left = [
+        number for number, message in enumerate(chat) if message["role"] == ASSISTANT and not weights[number]
+    ]
+    if marked.text == text and _GENERATION.search(template):
+        if not told >= set(left):
+            raise DataError(
+                f"{where}: the chat template does not tell where messages[{left[0]}] stands, whose weight is 0.",
+                fix="use a template that loops over the messages, or take the weight out.",
+            )
+        skipped = [(a, b) for number, a, b in marked.turns if number in left]
+        return [span for span in marked.generated if not any(a <= span[0] < b for a, b in skipped)]
+    own = [turn for turn in marked.turns if _is_written(chat[turn[0]], text[turn[1] : turn[2]])]
+    if {number for number, _, _ in own} >= set(learnt):
         first = next(number for number, message in enumerate(chat) if message["role"] == ASSISTANT)
         prompt = _prompt(chat[:first] or chat, arguments, tokenizer, template, where)
-        return [
-            (start + _common(prompt, text[start:stop]), len(text) if stop == marked.end else stop)
-            for number, start, stop in marked.turns
-            if number in learnt
-        ]
+        spans: list[Span] = []
+        for number, start, stop in own:
+            if number in learnt:
+                begin = start + _common(prompt, text[start:stop])
+                end = len(text) if stop == marked.end else stop
+                within = [(a, b) for n, a, b in marked.turns if n != number and begin <= a and b <= stop]
+                spans += _without((begin, end), within)
+        return spans
     return [_between(chat, number, arguments, tokenizer, where, text) for number in learnt]
+
+
+def _without(span: Span, others: Sequence[Span]) -> list[Span]:
+    """Return a span without what others take of it, such as a tool's answer that stands within the assistant's."""
+    parts, at = [], span[0]
+    for start, stop in sorted(others):
+        if at < start:
+            parts.append((at, start))
+        at = max(at, stop)
+    return [*parts, (at, span[1])] if at < span[1] else parts
 
 
 def _common(one: str, other: str) -> int:
@@ -551,10 +433,15 @@ def _between(
     text: str,
 ) -> Span:
     """Return where an answer stands by what it adds to what prompts it, for templates that have no loop of messages."""
-    before = (
-        _official(chat[:number], arguments, tokenizer, where, add_generation_prompt=True) if number else ""
-    )
-    after = _official(chat[: number + 1], arguments, tokenizer, where)
+    try:
+        before = (
+            _official(chat[:number], arguments, tokenizer, where, add_generation_prompt=True)
+            if number
+            else ""
+        )
+        after = _official(chat[: number + 1], arguments, tokenizer, where)
+    except DataError:
+        before, after = "", "\0"  # a part of a chat is no chat to it
     if not (after.startswith(before) and text.startswith(after)):
         raise DataError(
             f"{where}: the chat template changes earlier messages when messages[{number}] is added, so its "

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from charset_normalizer import from_bytes
-
 from colledge.errors import DataError
 
 _SAMPLE_BYTES = 1 << 16  # enough to tell an encoding by
-_WESTERN = ("cp1252", "latin_1", "iso8859_15")
+_TYPOGRAPHY = "\u201c\u201d\u2018\u2019\u201e\u2013\u2014\u2026\u20ac\xa0\xab\xbb\xb0\xa7\xa3\xbf\xa1\xbd"
 _UTF8_MARK = b"\xef\xbb\xbf"
 _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     b"\xff\xfe\x00\x00": "utf-32",
@@ -74,11 +72,17 @@ def decode(path: Path, content: bytes, line: int = 1) -> str:
 def _guess(content: bytes, at: int) -> str:
     """Return which encoding a text looks like, by what surrounds a byte that is not UTF-8."""
     around = content[max(0, at - _SAMPLE_BYTES // 2) : at + _SAMPLE_BYTES // 2]
-    found = list(from_bytes(around)) if len(around) > 40 else []  # of a few words any guess is as good
-    western = [one for one in found if one.encoding in _WESTERN and one.chaos <= found[0].chaos]
-    if western or not found or found[0].encoding.startswith("utf"):
+    strange = around.decode("cp1252", errors="replace").encode("ascii", errors="ignore")
+    letters = [c for c in around.decode("cp1252", errors="replace") if ord(c) > 127]
+    few = len(letters) < len(strange) / 2 and all(c.isalpha() or c in _TYPOGRAPHY for c in letters)
+    if few:
         return "cp1252"  # what Western Windows writes; latin1 but for control characters that text has not
-    return found[0].encoding.replace("_", "-")
+    from charset_normalizer import from_bytes  # no worker needs it
+
+    best = from_bytes(around).best()
+    if best is None or best.encoding.startswith("utf"):
+        return "cp1252"
+    return best.encoding.replace("_", "-")
 
 
 def _wide_encoding(beginning: bytes) -> str | None:
@@ -97,7 +101,9 @@ def _wide_encoding(beginning: bytes) -> str | None:
 def _not_utf8(path: Path, seen: str, encoding: str, line: int | None = None) -> DataError:
     where = f"{path}, line {line}" if line is not None else f"{path}"
     convert = f"iconv -f {encoding} -t utf-8 {path.name} > utf8-{path.name}"
-    return DataError(f"{where}: {seen}, wanted UTF-8.", fix=f"convert the file, such as with `{convert}`.")
+    return DataError(
+        f"{where}: {seen}, wanted UTF-8.", fix=f"convert the file, such as with `{convert}`, and look at it."
+    )
 
 
 def _inner_suffix(path: Path) -> str:

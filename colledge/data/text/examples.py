@@ -152,6 +152,10 @@ def check_name(path: Path) -> None:
             f"{path}: no such file; data sets of a hub (org/name) are not read yet.",
             fix="give the path of an existing file, or fetch the data set and name its files.",
         )
+    if not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{path}: is a pipe or a device, wanted a file.", fix="write what it gives into a file."
+        )
     if path.suffix.lower() not in SUFFIXES:
         seen = f"a {path.suffix} file" if path.suffix else "a name without a suffix"
         raise DataError(

@@ -70,7 +70,7 @@ def _refuse_unread(entry: Entry, where: str) -> None:
             f"{where}: preference data ({', '.join(seen)}) are not read yet.",
             fix="write the preferred answers alone, as messages or as prompt and completion.",
         )
-    if isinstance(entry.get("label"), bool) and "completion" in entry:
+    if entry.get("label") in (True, False) and "completion" in entry:  # or 1 and 0
         raise DataError(
             f"{where}: KTO's data (completions with a label of true or false) are not read yet.",
             fix="keep the examples whose label is true, without the key.",
@@ -89,7 +89,9 @@ def _refuse_unread(entry: Entry, where: str) -> None:
 
 def _is_sharegpt(messages: object) -> bool:
     first = messages[0] if isinstance(messages, list) and messages else None
-    return isinstance(first, dict) and "from" in first and "role" not in first
+    return isinstance(first, dict) and (
+        ("from" in first and "role" not in first) or _ROLES.get(str(first.get("role"))) is not None
+    )
 
 
 def _sharegpt(entry: Entry, turns: object, where: str) -> Entry:
@@ -101,14 +103,18 @@ def _sharegpt(entry: Entry, turns: object, where: str) -> Entry:
         )
     messages = [_message(turn, f"{where}, conversations[{number}]") for number, turn in enumerate(turns)]
     rest = {key: value for key, value in entry.items() if key not in ("conversations", "messages", "system")}
-    if entry.get("system") and messages[0].get("role") != "system":
+    twice = [key for key in ("messages", "conversations") if key in entry]
+    if len(twice) > 1 or (entry.get("system") and messages[0].get("role") == "system"):
+        what = " and ".join(twice) if len(twice) > 1 else "'system' and a first turn of the system"
+        raise DataError(f"{where}: has {what}, of which one would be lost.", fix="take one of them out.")
+    if entry.get("system"):
         messages.insert(0, {"role": "system", "content": entry["system"]})
     return {**rest, "messages": messages}
 
 
 def _message(turn: object, where: str) -> Entry:
-    if isinstance(turn, dict) and "role" in turn and "content" in turn:
-        return turn
+    if isinstance(turn, dict) and "role" in turn and "from" not in turn:
+        return {**turn, "role": _ROLES.get(str(turn["role"])) or turn["role"]}
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or "value" not in turn:
         seen = ", ".join(map(repr, list(turn)[:8])) if isinstance(turn, dict) else kind_of(turn)
         raise DataError(

@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from colledge.data.text.chats import ChatTokenizer, Message, read_by_template, render
+from colledge.data.text.chats import ChatTokenizer, read_by_template, render
 from colledge.data.text.examples import Example, Noticed, OnFault, check_columns, stop_at_fault
+from colledge.data.text.templates import Message
 from colledge.errors import DataError, ModelError
 from colledge.settings import LossOn
 
