@@ -137,7 +137,8 @@ def page(found: dict[str, str]) -> str:
         f"Of the {len(own)} decoder-only causal model types of transformers {transformers.__version__} (torch "
         f"{torch.__version__.partition('+')[0]}), colledge trains **{len(exact)} ({len(exact) / len(own):.0%})** "
         "exactly: a small copy with random weights, cut after every layer, gives the library's boundaries and "
-        "gradients bit for bit. The others are refused when a model is opened, before any device starts. "
+        "gradients bit for bit. Of the others the table says why not: most are refused when a "
+        "model is opened, before any device starts. "
         "`make model-types` writes this page.",
         "",
         "Exact: " + ", ".join(f"`{kind}`" for kind in exact) + ".",

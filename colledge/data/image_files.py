@@ -288,10 +288,11 @@ def _pictures(folder: Path) -> list[Path]:
     """
     inside = _visible(folder) if folder.is_dir() else []
     found = [path for path in inside if path.suffix.lower() == ".png" and path.is_file()]
+    read = set(found)
     others = Counter(
         "folder" if path.is_dir() else path.suffix.lower() or "without a suffix"
         for path in inside
-        if path not in set(found)
+        if path not in read
     )
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))

@@ -20,6 +20,7 @@ from colledge.errors import DataError
 from colledge.settings import LossOn
 
 _MOST_KINDS, _MOST_PLACES = 20, 6  # of faults that are shown, and of places of each
+_PLACE = re.compile(r"(?<=line )\d+|(?<=entry )\d+|(?<=row )\d+")
 _NUMBER = re.compile(r"\d+")
 _MOST_BINS, _BAR = 12, 40
 _MOST_SAMPLE_TOKENS = 256
@@ -85,7 +86,8 @@ class Faults:
             return
         self._first.setdefault(what, fault)
         places = self._where.setdefault(what, [])
-        places.append(where.rpartition(" ")[2] if len(places) < _MOST_PLACES else "")
+        named = _PLACE.search(where)
+        places.append(named.group() if named and len(places) < _MOST_PLACES else "")
 
     def lines(self) -> Iterator[str]:
         """Yield a line for each kind: its first fault, and where the others are."""

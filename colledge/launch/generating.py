@@ -102,9 +102,9 @@ def _using(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ColledgeError:
+    except (ColledgeError, MemoryError):
         raise
-    except Exception as fault:
+    except Exception as fault:  # as above
         fix = "mend it, or write the folder again: export or train."
         raise ModelError(f"{path} cannot be used ({said_by(fault)}).", fix=fix) from None
 

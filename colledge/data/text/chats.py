@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
+from colledge.data.text.formats import PROMPTING
 from colledge.data.text.templates import REASONING, Marked, Message, Read, Span, names_read, run_with_marks
 from colledge.errors import DataError, ModelError
 
@@ -146,7 +147,7 @@ def _weight(message: Message, where: str, number: int, answers: bool) -> bool:
         raise DataError(
             f"{at}: key 'weight' is {weight!r}, wanted 0 or 1.", fix="learn an answer, or do not."
         )
-    if weight == 0 and not answers:
+    if weight == 0 and weight is not PROMPTING and not answers:
         raise DataError(
             f"{at}: key 'weight' is 0, and data.loss_on: all learns every message.",
             fix="use data.loss_on: answers, or take the weight out.",
@@ -389,7 +390,7 @@ def _answers(
         spans: list[Span] = []
         for number, start, stop in own:
             if number in learnt:
-                begin = start + _common(prompt, text[start:stop])
+                begin = start + _prompted(prompt, text[start:stop])
                 end = len(text) if stop == marked.end else stop
                 within = [(a, b) for n, a, b in marked.turns if n != number and begin <= a and b <= stop]
                 spans += _without((begin, end), within)
@@ -405,6 +406,13 @@ def _without(span: Span, others: Sequence[Span]) -> list[Span]:
             parts.append((at, start))
         at = max(at, stop)
     return [*parts, (at, span[1])] if at < span[1] else parts
+
+
+def _prompted(prompt: str, turn: str) -> int:
+    """Return how many characters a turn begins with that prompt it, behind what separates it from the turn before."""
+    apart = len(turn) - len(turn.lstrip())
+    behind = _common(prompt, turn[apart:])
+    return apart + behind if behind > _common(prompt, turn) else _common(prompt, turn)
 
 
 def _common(one: str, other: str) -> int:

@@ -267,7 +267,16 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
         with path.open("rb") as file:
             number = 0
             for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                try:
+                    rows = batch.to_pylist()
+                except (
+                    ValueError,
+                    OverflowError,
+                ) as fault:  # bytes that are no text, times beyond the calendar
+                    raise DataError(
+                        f"{path}, behind row {number}: a value cannot be read ({fault}).", fix="mend it."
+                    ) from None
+                for row in rows:
                     number += 1
                     yield f"{path}, row {number}", _without_null(row)
     except ArrowException as fault:

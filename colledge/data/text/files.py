@@ -53,7 +53,8 @@ def _below(folder: Path) -> tuple[list[Path], str | None]:
     inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     seen = [path for path in inside if not _is_hidden(path.relative_to(folder))]
     files = [path for path in seen if path.suffix.lower() in SUFFIXES]
-    counts = Counter(path.suffix.lower() or "without a suffix" for path in seen if path not in set(files))
+    read = set(files)
+    counts = Counter(path.suffix.lower() or "without a suffix" for path in seen if path not in read)
     said = [f"{count} {suffix}" for suffix, count in sorted(counts.items())]
     said += [f"{len(inside) - len(seen)} hidden"] if len(seen) < len(inside) else []
     if not files:

@@ -18,6 +18,7 @@ from colledge.records import kind_of
 
 Entry = dict[str, Any]
 
+PROMPTING = False  # a weight of 0 that is ours, not the user's: nothing is wrong with it where all is learnt
 SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 _ROLES = {
@@ -34,6 +35,10 @@ _ALPACA = (
     "Below is an instruction that describes a task{context}. "
     "Write a response that appropriately completes the request."
 )
+_EMPTY = (
+    "history",
+    "system",
+)  # keys that Alpaca's examples may have, and that are read only where they are empty
 _ALPACA_INPUT = ", paired with an input that provides further context"
 
 
@@ -144,9 +149,20 @@ def _calls(value: object, where: str) -> list[Entry]:
             f"{where}: a function_call's value is no call of a tool in JSON.",
             fix='write "{\\"name\\": ..., \\"arguments\\": {...}}".',
         )
+    strange = sorted(
+        {key for call in calls for key in call} - {"name", "arguments", "parameters", "id", "type"}
+    )
+    if strange:
+        raise DataError(
+            f"{where}: a function_call has key {strange[0]!r}, which is not read.",
+            fix="write name and arguments.",
+        )
     return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
+        {
+            "type": "function",
+            "function": {"name": c["name"], "arguments": c.get("arguments", c.get("parameters", {}))},
+        }
+        for c in calls
     ]
 
 
@@ -159,7 +175,7 @@ def _alpaca(entry: Entry, where: str) -> Entry:
             raise DataError(
                 f"{where}: key {key!r} holds {kind_of(entry[key])}, wanted a string.", fix="write text."
             )
-    for key in ("history", "system"):
+    for key in _EMPTY:
         if entry.get(key):
             raise DataError(
                 f"{where}: Alpaca's examples with {key!r} are not read.",
@@ -171,12 +187,15 @@ def _alpaca(entry: Entry, where: str) -> Entry:
         f"### Instruction:\n{entry['instruction']}",
     ]
     parts += [f"### Input:\n{context}"] if context else []
-    return {"prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": entry["output"]}
+    rest = {
+        key: value for key, value in entry.items() if key not in ("instruction", "input", "output", *_EMPTY)
+    }
+    return {**rest, "prompt": "\n\n".join([*parts, "### Response:\n"]), "completion": entry["output"]}
 
 
 def _joined(entry: Entry) -> Entry:
     """Return one chat of a prompt and a completion that are messages; of the prompt nothing is learnt."""
-    prompt = [{**m, "weight": 0} if _is_answer(m) else m for m in entry["prompt"]]
+    prompt = [{**m, "weight": PROMPTING} if _is_answer(m) else m for m in entry["prompt"]]
     rest = {key: value for key, value in entry.items() if key not in ("prompt", "completion")}
     return {**rest, "messages": [*prompt, *entry["completion"]]}
 

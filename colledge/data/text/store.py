@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import date
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -77,7 +78,7 @@ def stored_tokens(
         DataError: A file is malformed or holds no text, or the disk is full.
         ModelError: The tokenizer lacks what the examples need.
     """
-    place = _home() / _key(files, tokenizer_folder, loss_on)
+    place = _home() / _key(files, tokenizer_folder, tokenizer, loss_on)
     found = _opened(place)
     if found is None:
         try:
@@ -97,7 +98,7 @@ def _home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "colledge" / "tokens"
 
 
-def _key(files: Sequence[Path], tokenizer_folder: Path, loss_on: LossOn) -> str:
+def _key(files: Sequence[Path], tokenizer_folder: Path, tokenizer: Tokenizer, loss_on: LossOn) -> str:
     """Return a digest of what decides the tokens: contents, never names or times of files."""
     import jinja2
     import tokenizers
@@ -105,6 +106,8 @@ def _key(files: Sequence[Path], tokenizer_folder: Path, loss_on: LossOn) -> str:
 
     versions = (tokenizers.__version__, transformers.__version__, jinja2.__version__)
     made = hashlib.sha256(repr((_FORMAT, loss_on, versions)).encode())
+    if "strftime_now" in str(getattr(tokenizer, "chat_template", "")):  # such a template writes the day
+        made.update(date.today().isoformat().encode())
     inside = [*tokenizer_folder.iterdir(), *tokenizer_folder.glob(f"{_TEMPLATES}/*")]
     for path in sorted(path for path in inside if path.is_file() and path.suffix not in _WEIGHTS):
         made.update(repr((str(path.relative_to(tokenizer_folder)), _digest(path))).encode())
@@ -134,12 +137,13 @@ def _opened(place: Path) -> tuple[Stream, tuple[str, ...]] | None:
         return None
     try:
         meta = read_json(StoreMeta, place / "meta.json")
-        whole = all(
+        whole = {"ids.bin", "ends.bin"} <= meta.sizes.keys() and all(
             (place / name).stat().st_size == size and _digest(place / name) == meta.digests.get(name)
             for name, size in meta.sizes.items()
         )
         if whole:
-            os.utime(place / "meta.json")
+            with suppress(OSError):  # another user's, or on a disk that is only read
+                os.utime(place / "meta.json")
             return _mapped(place, meta), meta.sentences
     except (ColledgeError, OSError):
         pass
@@ -172,7 +176,7 @@ def _write(
         noticed = Noticed()
         examples = iterate_examples(files, noticed=noticed)
         tokens = tokenize(examples, tokenizer, loss_on, noticed=noticed)
-        with _Writer(partial, "uint16" if len(tokenizer) <= 1 << 16 else "int32") as writer:
+        with _Writer(partial, "uint16" if _largest_id(tokenizer) < 1 << 16 else "int32") as writer:
             writer.add_all(tokens, files, say)
         if writer.num_examples == 0:
             named = ", ".join(map(str, files))
@@ -205,6 +209,12 @@ def _partial(home: Path) -> Iterator[Path]:
             yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _largest_id(tokenizer: Tokenizer) -> int:
+    """Return the largest token that there may be; numbers of tokens may have gaps."""
+    vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
+    return max(len(tokenizer) - 1, *vocabulary.values()) if vocabulary else len(tokenizer) - 1
 
 
 class _Writer:
