@@ -38,7 +38,7 @@ from colledge.models.sharding import (
     shard_head,
 )
 from colledge.models.stage import Stage
-from colledge.models.structure import find_structure
+from colledge.models.structure import find_structure, fix_positions
 from colledge.settings import LoraSettings, NarrowPrecision
 
 _BAD_CONFIGURATION = (
@@ -216,6 +216,7 @@ class HuggingFaceCausalLM:
 
     def _find_structure(self) -> None:
         model = self._skeleton(torch.bfloat16)  # experts run without values in no other type
+        fix_positions(model)
         self.structure = find_structure(model)
         num_blocks = self.structure.num_blocks
         self.layer_names = ("embedding", *(f"block.{i}" for i in range(num_blocks)), "head")
@@ -371,6 +372,7 @@ class HuggingFaceCausalLM:
         if dtype is torch.float64:
             keep_float64(stage)
         _materialise(model, dtype)
+        fix_positions(model)
         parameters = model.named_parameters(remove_duplicate=False)
         return stage, {plain_name(name): parameter for name, parameter in parameters}
 

@@ -107,6 +107,21 @@ def with_hidden_states(
     return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
 
+def fix_positions(model: nn.Module) -> None:
+    """Leave "dynamic" rotary positions as they are made, in place.
+
+    They change where rows are longer than the positions that the model has, which rows of training never are; to find
+    that out the library would look at values.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str) and "dynamic" in kinds:
+            setattr(module, "rope_type", "default")  # noqa: B010 - which the forward looks at
+        elif isinstance(kinds, dict):
+            fixed = {layer: "default" if "dynamic" in str(kind) else kind for layer, kind in kinds.items()}
+            setattr(module, "rope_type", fixed)  # noqa: B010 - as above
+
+
 def _refusal(model: nn.Module, seen: str) -> ModelError:
     return ModelError(f"{type(model).__name__} cannot be cut into layers: {seen}.", fix=_FIX)
 

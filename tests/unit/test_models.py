@@ -50,6 +50,8 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "gemma3_text": ({"head_dim": 8, "final_logit_softcapping": 3.0, **_SLIDING}, 4),
     "gpt2": ({"n_embd": 32, "n_inner": 42, "n_layer": 3, "n_head": 8, "n_positions": 16}, 8),
     "gptj": ({"rotary_dim": 4, "n_positions": 16}, 8),
+    "llama, dynamic": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, 4),
+    "llama, yarn": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, 4),
     "mistral": ({"sliding_window": 3}, 4),
     "mixtral": ({"intermediate_size": 48, "num_local_experts": 4}, 1),
     "opt": (_OPT, 8),
