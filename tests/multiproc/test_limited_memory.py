@@ -13,7 +13,7 @@ from colledge.models import HuggingFaceCausalLM
 from tests import forked
 from tests.multiproc.limited_memory import CONFIG, cgroups_can_limit, main, write_weights
 
-LIMIT_BYTES = 860_000_000
+LIMIT_BYTES = 850_000_000
 
 
 def train(folder: Path, num_devices: int, timeout_s: float) -> subprocess.CompletedProcess[str]:
