@@ -111,16 +111,21 @@ class _Lengths:
         self._first: Tokens | None = None
         self._between: Tokens | None = None
         self._last: Tokens | None = None
+        self._begun = 0  # tokens of an example that goes on
 
     def add(self, tokens: Tokens) -> None:
-        count = len(self.all)
-        if self._first is None:
-            self._first = tokens
-        elif count & (count - 1) == 0:  # 1, 2, 4, 8 ...: never long ago
-            self._between = tokens
-        self._last = tokens
-        self.all.append(len(tokens.ids))
         self.learnt += tokens.num_learnt
+        if not self._begun:
+            count = len(self.all)
+            if self._first is None:
+                self._first = tokens
+            elif count & (count - 1) == 0:  # 1, 2, 4, 8 ...: never long ago
+                self._between = tokens
+            self._last = tokens
+        self._begun += len(tokens.ids)
+        if not tokens.goes_on:
+            self.all.append(self._begun)
+            self._begun = 0
 
     @property
     def samples(self) -> list[Tokens]:
@@ -130,7 +135,7 @@ class _Lengths:
 
 def _counted(examples: Iterable[Example], counts: Counter[Kind]) -> Iterator[Example]:
     for example in examples:
-        counts[example.kind] += 1
+        counts[example.kind] += not example.goes_on
         yield example
 
 
@@ -156,13 +161,15 @@ def _print_lengths(found: _Lengths, loss_on: LossOn, sequence_length: int, conso
 def _print_samples(samples: Sequence[Tokens], tokenizer: Tokenizer, console: Console) -> None:
     """Print some examples, decoded; what the loss counts stands in ⟦ ⟧."""
     for one in (tokens for tokens in samples if len(tokens.ids)):
-        shown = Text(f"sample ({one.where}, {len(one.ids)} tokens; the loss counts ⟦this⟧)\n", style="bold")
+        more = " and more" if one.goes_on else ""
+        title = f"sample ({one.where}, {len(one.ids)} tokens{more}; the loss counts ⟦this⟧)\n"
+        shown = Text(title, style="bold")
         ids = one.ids[:_MOST_SAMPLE_TOKENS]
         learnt = np.ones(len(ids), dtype=bool) if one.learnt is None else one.learnt[: len(ids)]
         edges = [0, *(np.flatnonzero(np.diff(learnt)) + 1).tolist(), len(ids)]
         for start, stop in pairwise(edges):
             text = tokenizer.decode(ids[start:stop].tolist())
             shown.append(f"⟦{text}⟧" if learnt[start] else text, style="green" if learnt[start] else "dim")
-        if len(ids) < len(one.ids):
+        if len(ids) < len(one.ids) or one.goes_on:
             shown.append(" ...")
         console.print(shown)

@@ -198,6 +198,142 @@ def test_columns_that_no_template_reads_are_refused_or_said(key: str, tokenizer:
     assert seen.sentences() == ["Keys that are not read: id (1), lang (1)."]
 
 
+def calling(arguments: Any) -> list[dict[str, Any]]:
+    call = {"type": "function", "id": "abc", "function": {"name": "weather", "arguments": arguments}}
+    return [
+        {"role": "user", "content": "sky?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+        {"role": "assistant", "content": "Wet."},
+    ]
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+SYSTEM = {"role": "system", "content": "two"}
+
+
+@pytest.mark.parametrize(
+    ("template", "entry", "lost"),
+    [
+        (AGENT.replace("c.function.", "c."), {"messages": calling({"place": "B"})}, "'tool_calls' of messages[1]"),
+        (AGENT.replace("({{ c.function.arguments }})", ""), {"messages": calling({"n": 7})}, "'tool_calls'"),
+        (
+            PLAIN.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"),
+            {"messages": calling('{"place": "B"}')},
+            "'tool_calls'",
+        ),
+        (
+            PLAIN.replace("{{ m.content }}", "{% if m.reasoning_content %}!{% endif %}{{ m.content }}"),
+            {"messages": [CHATS[1][0], CHATS[1][1] | {"thinking": "two"}]},
+            "'thinking' of messages[1]",
+        ),
+        (
+            PLAIN.replace("<|{{ m.role }}|>", "{% if m.role != 'system' or not m.content %}<|{{ m.role }}|>")
+            .replace("<|end|>{% endfor %}", "<|end|>{% endif %}{% endfor %}"),
+            {"messages": [SYSTEM, *CHATS[1]]},
+            "'content' of messages[0], whose role is 'system'",
+        ),
+        ("{% if tools %}!{% endif %}" + PLAIN, {"messages": CHATS[1], "tools": [TOOL]}, "'tools'"),
+        ("{% set role = 1 %}" + PLAIN, {"messages": CHATS[1], "system_message": "be kind"}, "'system_message'"),
+        (PLAIN, {"messages": [CHATS[1][0], {"role": "assistant", "content": None, "refusal": "no"}]}, "'refusal'"),
+        (
+            {"default": PLAIN, "rag": PLAIN + "{{ documents }}"},
+            {"messages": CHATS[1], "documents": [{"text": "x"}]},
+            "'documents'",
+        ),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_what_a_template_only_looks_at_is_lost_and_named(
+    template: Any, entry: dict[str, Any], lost: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    for loss_on in ("all", "answers"):
+        with pytest.raises(DataError) as error:
+            marked(tmp_path, tokenizer, template, entry, loss_on=loss_on)
+        assert lost in str(error.value)
+
+
+@pytest.mark.parametrize("arguments", [{"place": "B"}, '{"place": "B"}', "{}", {}])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "{{ c.function.name + '(' + c.function.arguments + ')' }}",
+        "{{ c.function.name }}({{ c.function.arguments | tojson }})",
+        "{{ c.function.name }}({{ c.function.arguments }})",
+        '{{ c.function.name }}({% raw %}{{% endraw %}{% for k, v in c.function.arguments.items() %}"{{ k }}": "{{ v }}"'
+        "{% endfor %}{% raw %}}{% endraw %})",
+    ],
+    ids=["text", "tojson", "as it is", "items"],
+)
+def test_arguments_reach_a_template_as_it_takes_them(
+    call: str, arguments: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    template = AGENT.replace("{{ c.function.name }}({{ c.function.arguments }})", call)
+    (text,) = marked(tmp_path, tokenizer, template, {"messages": calling(arguments)})
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments)
+    assert f"[<call>weather({written})</call><|end|>]<|tool|>rain" in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("m.content", "m.content | upper"),
+        ("{% for m in messages %}", "{% for n in messages %}{% set m = n.copy() %}"),
+        ("{% for m in messages %}", "{% for m in messages %}{% set m = dict(m, content=m.content) %}"),
+        ("{% for m in messages %}", "{% for i in range(messages | length) %}{% set m = messages[i] %}"),
+        ("{{ m.content }}", "{{ m.content if loop.last else m.content.split('[/T]')[-1] }}"),
+    ],
+    ids=["upper", "copy", "dict", "range", "other thinking"],
+)
+def test_templates_may_change_what_they_write(old: str, new: str, tokenizer: Any, tmp_path: Path) -> None:
+    chat = [{**one, "content": one["content"].replace("moss", "[T]hm[/T]moss")} for one in CHATS[0]]
+    if "T]" not in new:
+        chat = CHATS[0]
+    (text,) = marked(tmp_path, tokenizer, THINKING.replace(old, new), {"messages": chat})
+    assert text.lower() == (
+        "<|user|>kettle?<|end|><|assistant|>[moss<|end|>]<|user|>lantern<|end|><|assistant|>"
+        "[<think></think>tide over<|end|>]"
+    )
+
+
+def test_a_template_that_looks_into_texts_is_judged_by_the_texts_themselves(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    strict = (
+        "{% for m in messages %}{% if m.content not in ['two', 'four '] %}{{ 1 // 0 }}{% endif %}{% endfor %}"
+    )
+    (text,) = marked(tmp_path, tokenizer, strict + PLAIN, {"messages": CHATS[1]})
+    assert text == "<|user|>two<|end|><|assistant|>[four <|end|>]"
+    with pytest.raises(DataError, match=r"'content' of messages\[0\]"):
+        marked(
+            tmp_path,
+            tokenizer,
+            strict + PLAIN.replace("messages %}", "messages[1:] %}", 1),
+            {"messages": CHATS[1]},
+        )
+
+
+def test_results_of_tools_are_not_learnt_where_a_template_writes_them_into_an_answer(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    template = (TEMPLATES / "gemma4_v5.jinja").read_text(encoding="utf-8")
+    (text,) = marked(tmp_path, tokenizer, template, {"messages": calling({"place": "B"}), "tools": [TOOL]})
+    assert ">]<|tool_response>response:" in text
+    assert text.count("[") == 2
+    assert "[Wet." in text
+
+
+def test_what_only_asks_is_not_learnt_and_needs_no_weight(tokenizer: Any, tmp_path: Path) -> None:
+    entry = {"prompt": [*CHATS[1], CHATS[1][0]], "completion": [CHATS[1][1] | {"train": True}]}
+    seen = Noticed()
+    (text,) = marked(tmp_path, tokenizer, PLAIN, entry, seen=seen)
+    asked = "<|user|>two<|end|><|assistant|>"
+    assert text == f"{asked}four <|end|>{asked}[four <|end|>]"
+    assert seen.unread == {"messages' train": 1}
+    (text,) = marked(tmp_path, tokenizer, PLAIN, entry, loss_on="all")
+    assert "[" not in text
+
+
 def test_answers_of_weight_zero_are_not_learnt(tokenizer: Any, tmp_path: Path) -> None:
     chat = [CHATS[0][0], CHATS[0][1] | {"weight": 0}, CHATS[0][2], CHATS[0][3] | {"weight": 1}]
     answer = "<|assistant|>moss<|end|><|user|>lantern<|end|><|assistant|>[tide over<|end|>]"
@@ -295,7 +431,9 @@ MARKS_LAST = PLAIN.replace(
 
 def test_templates_that_hide_who_speaks_are_learnt_right_or_refused(tokenizer: Any, tmp_path: Path) -> None:
     weighted = [CHATS[0][0], CHATS[0][1] | {"weight": 0}, *CHATS[0][2:]]
-    with pytest.raises(DataError, match=r"does not tell where messages\[1\] stands, whose weight is 0"):
+    with pytest.raises(
+        DataError, match=r"does not tell where messages\[1\] stands, which is not to be learnt"
+    ):
         marked(tmp_path, tokenizer, RANGE, {"messages": weighted})
     assert marked(tmp_path, tokenizer, RANGE, {"messages": CHATS[1]}) == [
         "<|user|>two<|end|><|assistant|>[four <|end|>]"

@@ -35,7 +35,7 @@ def test_sharegpt_is_read_as_messages_and_said(tmp_path: Path) -> None:
     assert [role for role, _ in one.parts] == ["system", "user", "assistant", "tool", "assistant"]
     assert one.messages[2]["tool_calls"][0]["function"] == json.loads(call)
     assert one.messages[4] == {"role": "assistant", "content": "It rains.", "weight": 1}
-    assert one.columns == {"tools": [], "id": 7}
+    assert one.columns == {"id": 7}  # a list of no tools says nothing
     assert seen.sentences() == ["1 example(s) were read as ShareGPT."]
     (other,) = read(
         tmp_path, {"messages": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
@@ -80,7 +80,7 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat_of_which_the_prompt_is
     ]
     (one,) = read(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
     assert one.parts == (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    assert [message.get("weight", 1) for message in one.messages] == [1, 0, 1, 1]
+    assert one.prompting == 3
 
 
 @pytest.mark.parametrize(
@@ -95,6 +95,14 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat_of_which_the_prompt_is
             ["preference data"],
         ),
         ({"prompt": "a", "completion": "b", "label": False}, ["KTO's data", "not read yet"]),
+        ({"prompt": "a", "completion": "b", "label": 1}, ["KTO's data", "not read yet"]),
+        ({"messages": [{"role": "user", "content": "a"}], "label": True}, ["KTO's data"]),
+        (
+            {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+            ["preference data", "chosen_response"],
+        ),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, ["'prompt'", "both as messages"]),
+        ({"instruction": "a", "input": "", "output": None}, ["'output' holds nothing"]),
         ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, ["several completions"]),
         ({"input_ids": [1, 2], "labels": [1, 2]}, ["tokens (input_ids) are not read"]),
         (
@@ -135,6 +143,10 @@ def test_null_is_a_key_that_is_not_there(tmp_path: Path) -> None:
     found = read_examples(tmp_path / "data.parquet")
     assert [one.kind for one in found] == ["text", "chat"]
     assert found[1].messages[1] == {"role": "assistant", "content": "b"}
+    call = {"function": {"name": "f", "arguments": {"place": "Bergen", "day": None}}}
+    asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (one,) = read(tmp_path, {"messages": asked})
+    assert one.messages[1]["tool_calls"][0]["function"]["arguments"] == {"place": "Bergen"}
 
 
 TEXT = "Les élèves étaient là, près de la forêt où l'été s'achève doucement.\n" * 3
@@ -156,6 +168,10 @@ TEXT = "Les élèves étaient là, près de la forêt où l'été s'achève douc
         ),
         (gzip.compress(TEXT.encode(), mtime=0), ["is a gzip file", "gunzip -c data.txt > unpacked.txt"]),
         (b"PK\x03\x04" + b"x" * 50, ["is a zip file", "unzip -p"]),
+        (TEXT.encode() + bytes(4096), ["line 4: holds a zero byte", "cut off"]),
+        (b"a" * 40 + bytes(200), ["line 1: holds a zero byte"]),
+        (TEXT.encode()[:-1] + b"\xc3", ["line 3: ends within a character", "cut off"]),
+        (TEXT.encode() + b"caf\xe9 " + TEXT.encode(), ["line 4: byte 0xe9", "what is around it is", "mend"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -164,6 +180,31 @@ def test_other_encodings_are_named_with_their_cure(content: bytes, words: list[s
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
         read_examples(path)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_files_that_were_joined_keep_no_byte_order_marks(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n' * 2)
+    assert [one.parts for one in read_examples(path)] == [(("text", "a"),)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl.gz", "", ["saw a .gz file", "unpack it first"]),
+        ("a.csv", "text\na", ["saw a .csv file", "tables of text are not read"]),
+        ("a.ndjson", "", ["call it .jsonl"]),
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n', ["one object a line is called .jsonl"]),
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]\n', ["line 1: saw list", "one list is called .json"]),
+    ],
+)
+def test_a_name_that_does_not_fit_is_told_which_does(
+    name: str, content: str, words: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as error:
+        read_examples(tmp_path / name)
     assert all(word in str(error.value) for word in words), str(error.value)
 
 

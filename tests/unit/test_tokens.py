@@ -12,8 +12,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from colledge.data import Example, load_tokenizer, tokenize
-from colledge.errors import ModelError
+from colledge.data import Example, load_tokenizer, read_examples, tokenize
+from colledge.data.text.examples import iterate_examples
+from colledge.data.text.rows import joined
+from colledge.errors import DataError, ModelError
 
 WORDS = ["kettle", "moss", "lantern", "gravel", "tide", "walnut", "über", "潮", "🌿", "don't", "x1y2", "..."]
 
@@ -58,15 +60,16 @@ def test_long_documents_have_the_tokens_of_the_whole(kind: str, lines: str) -> N
     assert len(document) > 2 * (1 << 16)
     if kind == "llama" and lines != "lines":
         document = document[: 3 << 16]
-    (one,) = tokenize([Example("here", "text", (("text", document),))], tokenizer)
+    one = joined(tokenize([Example("here", "text", (("text", document),))], tokenizer))
     whole = tokenizer(document, verbose=False)["input_ids"]
     assert one.ids.tolist() == [*whole, tokenizer.eos_token_id]
     assert whole[0] == tokenizer.bos_token_id
     example = Example(
         "here", "completion", (("prompt", document[:100_000]), ("completion", document[100_000:]))
     )
-    (asked,) = tokenize([example], tokenizer, "answers")
+    asked = joined(tokenize([example], tokenizer, "answers"))
     assert asked.ids.tolist() == one.ids.tolist()
+    assert asked.ends.tolist() == [len(asked.ids)]
     assert asked.learnt is not None
     first = int(np.flatnonzero(asked.learnt)[0])
     spoken = tokenizer(document, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -80,9 +83,36 @@ def test_a_tokenizer_in_python_learns_answers_too() -> None:
     assert one.learnt is not None
     assert tokenizer.decode(one.ids[~one.learnt].tolist()) == "2 + 2 = "
     assert tokenizer.decode(one.ids[one.learnt].tolist()) == "four</s>"
-    strange = Example("here", "completion", (("prompt", "ü"), ("completion", "é")))
+    (one,) = tokenize(
+        [Example("here", "completion", (("prompt", "潮ü"), ("completion", " é🌿")))], tokenizer, "answers"
+    )
+    assert one.learnt is not None
+    assert tokenizer.decode(one.ids[one.learnt].tolist()) == " é🌿</s>"
+    tokenizer.decode = lambda ids: "?"
     with pytest.raises(ModelError, match="cannot say where in a text its tokens stand"):
-        list(tokenize([strange], tokenizer, "answers"))
+        list(tokenize([example], tokenizer, "answers"))
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 12, 4097, 1 << 20])
+def test_a_long_file_is_read_in_parts_and_learnt_as_one_document(
+    part_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, document = bpe("gpt2"), "\ufeff" + text(random.Random(2), 30_000)
+    path = tmp_path / "book.txt"
+    path.write_text(document, encoding="utf-8")
+    monkeypatch.setattr("colledge.data.text.examples._PART_BYTES", part_bytes)
+    document = document.removeprefix("\ufeff")
+    assert [one.parts[0][1] for one in read_examples(path)] == [document]
+    examples = list(iterate_examples([path, path]))
+    assert max(len(one.parts[0][1].encode()) for one in examples) <= part_bytes + 3
+    stream = joined(tokenize(examples, tokenizer))
+    whole = [*tokenizer(document, verbose=False)["input_ids"], tokenizer.eos_token_id]
+    assert stream.ids.tolist() == [*whole, *whole]
+    assert stream.ends.tolist() == [len(whole), 2 * len(whole)]
+    with path.open("ab") as file:
+        file.write(b"\ncaf\xe9 au lait\n")
+    with pytest.raises(DataError, match=f"line {document.count(chr(10)) + 2}: byte 0xe9"):
+        read_examples(path)
 
 
 @pytest.mark.parametrize("change", [{"version": "2.0"}, {"pre_tokenizer": {"type": "Newer", "size": 3}}])

@@ -1,6 +1,6 @@
 """Chats to text by the tokenizer's own template, and where in it the assistant's answers stand.
 
-The template is run a second time with marks (`templates`), which say what of the text is whose:
+The template is run a second time with marks (`templates`), which say what it writes for whom:
 
     <|user|>kettle <|assistant|>moss<|end|> <|user|>lantern <|assistant|><think></think>tide<|end|>
                    [ message 1            ][ message 2     ][ message 3                           ]
@@ -17,36 +17,25 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from colledge.data.text.formats import PROMPTING
-from colledge.data.text.templates import REASONING, Marked, Message, Read, Span, names_read, run_with_marks
+from colledge.data.text.losses import Texts, unread_names
+from colledge.data.text.templates import Marked, Message, Span, names_read, run_with_marks
 from colledge.errors import DataError, ModelError
 
 ASSISTANT = "assistant"
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # marks answers
 _THINKING = re.compile(r"[<\[][^<>\[\]]*think[^<>\[\]]*[>\]]", re.IGNORECASE)  # a tag, such as <think>
-# Keys of a message that name it and say nothing: templates may leave them out.
-_NAMES = frozenset(
-    {
-        "id",
-        "tool_call_id",
-        "name",
-        "type",
-        "index",
-        "timestamp",
-        "time",
-        "date",
-        "created",
-        "created_at",
-        "model",
-    }
-    | {"source", "lang", "language", "url", "uuid", "hash", "finish_reason", "metadata", "meta"}
-)
-_FLAGS = frozenset(("train", "trainable", "loss", "mask"))  # other trainers' words for `weight`
+_FLAGS = {
+    "train": True,
+    "trainable": True,
+    "loss": True,
+    "mask": False,
+}  # other trainers' words for weight: 1
 
 
 class ChatTokenizer(Protocol):
@@ -61,6 +50,23 @@ class ChatTokenizer(Protocol):
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A chat, and what stands beside its messages.
+
+    Args:
+        where: File and line, for messages.
+        messages: Null is a key that a message has not.
+        columns: What stands beside them, such as `tools`.
+        prompting: How many messages, from the first on, only ask: of them nothing is learnt.
+    """
+
+    where: str
+    messages: Sequence[Message]
+    columns: Mapping[str, Any]
+    prompting: int = 0
+
+
+@dataclass(frozen=True)
 class Rendered:
     """A chat as text.
 
@@ -68,67 +74,118 @@ class Rendered:
         text: What the template writes.
         answers: Where the answers stand that are to be learnt; None where they were not asked for.
         unread: Keys of messages that the template left out, and that only name things.
+        left: The columns that the template does not read.
     """
 
     text: str
     answers: tuple[Span, ...] | None
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...]
+    left: Mapping[str, Any]
 
 
-def read_by_template(tokenizer: ChatTokenizer) -> frozenset[str]:
-    """Return the names that a tokenizer's templates read beside the messages, such as `tools`."""
-    templates = tokenizer.chat_template or {}
-    sources = templates.values() if isinstance(templates, Mapping) else (templates,)
-    return frozenset().union(*map(names_read, sources))
+class _Lost(DataError):
+    """A template takes a chat, and leaves a part of it out."""
 
 
-def render(
-    messages: Sequence[Message],
-    arguments: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    where: str,
-    *,
-    answers: bool,
-) -> Rendered:
+@dataclass(frozen=True)
+class _Writing:
+    """How one chat is written: by which template of which tokenizer, with what beside the messages."""
+
+    tokenizer: ChatTokenizer
+    template: str
+    columns: Mapping[str, Any]
+    where: str
+
+    def official(self, chat: list[Message], **more: bool) -> str:
+        """Return what transformers makes of a chat."""
+        try:
+            text: str = self.tokenizer.apply_chat_template(chat, tokenize=False, **self.columns, **more)
+        except Exception as fault:  # a template raises whatever its expressions do
+            raise _refused(self.where, fault) from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"{self.where}: the messages hold a lone surrogate, wanted Unicode text.",
+                fix="write the character itself.",
+            ) from None
+        return text
+
+    def marked(self, chat: Sequence[Message], columns: Mapping[str, Any], *, prompt: bool = False) -> Marked:
+        """Return what the template writes with marks."""
+        names = {**getattr(self.tokenizer, "special_tokens_map", {}), **columns}
+        try:
+            return run_with_marks(self.template, chat, names, prompt=prompt)
+        except Exception as fault:
+            raise _refused(self.where, fault) from None
+
+
+def render(chat: Chat, tokenizer: ChatTokenizer, *, answers: bool) -> Rendered:
     """Return a chat as the tokenizer's template writes it.
 
     Args:
-        messages: Of the chat; null is a key that a message has not.
-        arguments: What the template reads beside them, such as `tools`.
+        chat: The messages, and what stands beside them.
         tokenizer: Of the model.
-        where: File and line, for messages.
         answers: Whether the places of the answers are wanted.
 
     Raises:
         DataError: The template refuses the chat, leaves a part of it out, or does not tell where its answers are.
         ModelError: There is no template.
     """
-    if answers and not any(message["role"] == ASSISTANT for message in messages):
+    if answers and not any(message["role"] == ASSISTANT for message in chat.messages):
         raise DataError(
-            f"{where}: no message is the assistant's, so there is no answer to learn.",
+            f"{chat.where}: no message is the assistant's, so there is no answer to learn.",
             fix='add {"role": "assistant", "content": ...}, or use data.loss_on: all.',
         )
-    weights = [_weight(message, where, number, answers) for number, message in enumerate(messages)]
-    plain = [{key: value for key, value in one.items() if key != "weight"} for one in messages]
-    template = _template_of(tokenizer, bool(arguments.get("tools")), where)
+    weights = [_weight(one, chat.where, number, answers) for number, one in enumerate(chat.messages)]
+    learnt = [weight and number >= chat.prompting for number, weight in enumerate(weights)]
+    template = _template_of(tokenizer, bool(chat.columns.get("tools")), chat.where)
+    read = names_read(template)
+    writing = _Writing(
+        tokenizer, template, {key: value for key, value in chat.columns.items() if key in read}, chat.where
+    )
+    left = {key: value for key, value in chat.columns.items() if key not in read}
     fault: DataError | None = None
-    for chat in _variants(plain):
+    for messages in _variants([_without_weight(message) for message in chat.messages]):
         try:
-            text = _official(chat, arguments, tokenizer, where)
-            marked = _run(chat, arguments, tokenizer, template, where)
+            text, marked, owned = _written(messages, writing)
         except DataError as found:
-            fault = fault or found
+            fault = (
+                found
+                if fault is None or (isinstance(found, _Lost) and not isinstance(fault, _Lost))
+                else fault
+            )
             continue
-        if _is_lossy(chat, marked.messages, arguments, text):
-            fault = fault or _lost(chat, arguments, text, where)
-            continue
-        unread = _check_read(chat, marked.messages, where)
-        if not answers:
-            return Rendered(text, None, unread)
-        spans = _answers(chat, weights, arguments, tokenizer, template, where, marked, text)
-        return Rendered(text, tuple(spans), unread)
+        unread = unread_names(messages, marked.read)
+        spans = tuple(_answers(messages, learnt, writing, marked, owned, text)) if answers else None
+        return Rendered(text, spans, unread, left)
     assert fault is not None
     raise fault
+
+
+def _written(chat: list[Message], writing: _Writing) -> tuple[str, Marked, list[bool]]:
+    """Return what a template writes for a chat, as it is and with marks, and which turns hold what their message says.
+
+    Raises:
+        DataError: It refuses the chat, or leaves a part of it out.
+    """
+    text, texts = writing.official(chat), Texts()
+    tried = texts.marked_chat(chat), texts.marked_columns(writing.columns)
+    try:
+        marked = writing.marked(*tried)
+    except DataError:  # it looks into a text, where there is a mark now
+        texts.unmark()
+        marked = writing.marked(chat, writing.columns)
+    lost = texts.lost(chat, marked, text)
+    if lost is not None:
+        raise _Lost(
+            f"{writing.where}: the chat template does not write {lost}, so it would be lost.",
+            fix="use a template that writes it, or take it out of the data.",
+        )
+    owned = texts.owned(marked)
+    if marked.text != text:
+        marked = writing.marked(chat, writing.columns)
+    return text, marked, owned if len(owned) == len(marked.turns) else [False] * len(marked.turns)
 
 
 # -- what may differ -----------------------------------------------------------------------------------------------
@@ -137,8 +194,8 @@ def render(
 def _weight(message: Message, where: str, number: int, answers: bool) -> bool:
     """Return whether a message is learnt, as far as its weight says; 0 or 1, as in OpenAI's chats."""
     at = f"{where}, messages[{number}]"
-    for key in _FLAGS & message.keys():
-        if isinstance(message[key], bool | int) and not message[key]:
+    for key, learnt in _FLAGS.items():
+        if isinstance(message.get(key), bool) and message[key] != learnt:
             raise DataError(
                 f"{at}: key {key!r} is not read.", fix="write weight: 0 for what is not to be learnt."
             )
@@ -147,7 +204,7 @@ def _weight(message: Message, where: str, number: int, answers: bool) -> bool:
         raise DataError(
             f"{at}: key 'weight' is {weight!r}, wanted 0 or 1.", fix="learn an answer, or do not."
         )
-    if weight == 0 and weight is not PROMPTING and not answers:
+    if weight == 0 and not answers:
         raise DataError(
             f"{at}: key 'weight' is 0, and data.loss_on: all learns every message.",
             fix="use data.loss_on: answers, or take the weight out.",
@@ -155,140 +212,64 @@ def _weight(message: Message, where: str, number: int, answers: bool) -> bool:
     return bool(weight)
 
 
-def _variants(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield a chat as it is, and then as some templates want it: text parts joined, arguments as objects."""
-    chat = list(messages)
-    yield chat
-    joined = [
-        {**m, "content": _joined(m["content"])} if isinstance(m.get("content"), list) else m for m in chat
-    ]
-    parted = [{**m, "content": [{"type": "text", "text": m["content"]}]} if _is_text(m) else m for m in chat]
-    for variant in (joined, [_with_objects(m) for m in chat], [_with_objects(m) for m in joined], parted):
-        if variant != chat:
+def _without_weight(message: Message) -> Message:
+    return {key: value for key, value in message.items() if key != "weight"}
+
+
+def _variants(chat: list[Message]) -> Iterator[list[Message]]:
+    """Yield a chat as it is, and then as some templates want it.
+
+    Parts of content joined, or text as a part; null or "" where there is none; arguments as objects, or as JSON.
+    """
+    tried: list[list[Message]] = []
+    for content, empty, arguments in product(
+        (None, _joined, _as_part), ({}, _NULL, _NOTHING), (None, _parsed, _dumped)
+    ):
+        variant = [{**empty, **message} for message in chat]
+        if content is not None:
+            variant = [{**m, "content": content(m["content"])} if "content" in m else m for m in variant]
+        if arguments is not None:
+            variant = [_with_arguments(message, arguments) for message in variant]
+        if variant not in tried:
+            tried.append(variant)
             yield variant
 
 
-def _is_text(message: Message) -> bool:
-    return isinstance(message.get("content"), str) and bool(message["content"])
+_NULL: Message = {"content": None}
+_NOTHING: Message = {"content": ""}
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(part["text"] for part in parts)
+def _joined(content: Any) -> Any:
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
 
 
-def _with_objects(message: Message) -> Message:
-    """Return a message whose calls of tools have their arguments as objects, where they are JSON."""
+def _as_part(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) and content else content
+
+
+def _parsed(arguments: Any) -> Any:
+    with suppress(ValueError, RecursionError):
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    return arguments
+
+
+def _dumped(arguments: Any) -> Any:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def _with_arguments(message: Message, change: Any) -> Message:
+    """Return a message whose calls of tools have other arguments."""
     calls = message.get("tool_calls")
-    if not isinstance(calls, list):
-        return message
-    found = []
-    for call in calls:
-        inner = call.get("function") if isinstance(call, dict) else None
-        if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
-            with suppress(ValueError):
-                call = {**call, "function": {**inner, "arguments": json.loads(inner["arguments"])}}
-        found.append(call)
-    return {**message, "tool_calls": found}
+    return message if calls is None else {**message, "tool_calls": [_changed(call, change) for call in calls]}
 
 
-def _is_lossy(chat: Sequence[Message], read: Sequence[Read], arguments: Mapping[str, Any], text: str) -> bool:
-    """Return whether a template left something out, or wrote lists as Python does or JSON within JSON."""
-    if _lost_part(chat, arguments, text) is not None:
-        return True
-    for message, seen in zip(chat, read, strict=True):
-        if isinstance(message.get("content"), list) and not all("text" in part._read for part in seen._parts):
-            return True
-        for _, given in _calls(message):
-            if isinstance(given, str) and '"' in given and json.dumps(given, ensure_ascii=False) in text:
-                return True
-    return False
+def _changed(call: Message, change: Any) -> Message:
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _changed(call["function"], change)}
+    return {**call, "arguments": change(call["arguments"])} if call.get("arguments") is not None else call
 
 
-def _lost_part(chat: Sequence[Message], arguments: Mapping[str, Any], text: str) -> str | None:
-    """Return in words what of a chat is not in a text, None if all is; thinking may be taken out of some turns."""
-    for number, message in enumerate(chat):
-        if not _is_written(message, text):
-            return f"the content of messages[{number}]"
-        for name, given in _calls(message):
-            if not all(_has(text, part) for part in (name, *_leaves(given))):
-                return f"all of key 'tool_calls' of messages[{number}]"
-    tools = (tool.get("function", tool) for tool in arguments.get("tools") or ())
-    if not all(_has(text, tool.get("name", "")) for tool in tools if isinstance(tool, dict)):
-        return "all of key 'tools'"
-    thoughts = [
-        (f"key {key!r} of messages[{number}]", message[key].strip())
-        for number, message in enumerate(chat)
-        for key in REASONING
-        if isinstance(message.get(key), str)
-    ]
-    return None if not thoughts or any(_has(text, said) for _, said in thoughts) else thoughts[0][0]
-
-
-def _is_written(message: Message, text: str) -> bool:
-    """Return whether a message's content is in a text, spaces aside, and an answer's finished thinking."""
-    content = message.get("content", "")
-    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
-    if message["role"] == ASSISTANT:
-        parts = [part.rpartition("</think>")[2] for part in parts]
-    return all(_has(text, part.strip()) for part in parts)
-
-
-def _has(text: str, part: object) -> bool:
-    said = part if isinstance(part, str) else json.dumps(part)
-    return said in text or json.dumps(said, ensure_ascii=False)[1:-1] in text or str(part) in text
-
-
-def _calls(message: Message) -> Iterator[tuple[str, Any]]:
-    """Yield name and arguments of a message's calls of tools."""
-    for call in message.get("tool_calls") or ():
-        inner = call.get("function", call)
-        if isinstance(inner, dict):
-            yield str(inner.get("name", "")), inner.get("arguments", {})
-
-
-def _leaves(given: Any) -> Iterator[object]:
-    """Yield the values in the arguments of a call; of JSON, those that it says."""
-    if isinstance(given, str):
-        with suppress(ValueError):
-            given = json.loads(given)
-    if isinstance(given, dict | list):
-        for inner in given.values() if isinstance(given, dict) else given:
-            yield from _leaves(inner) if isinstance(inner, dict | list) else [inner]
-    else:
-        yield given
-
-
-def _lost(chat: Sequence[Message], arguments: Mapping[str, Any], text: str, where: str) -> DataError:
-    what = _lost_part(chat, arguments, text) or "lists of parts or calls of tools"
-    return DataError(
-        f"{where}: the chat template does not write {what}, so it would be lost.",
-        fix="use a template that writes it, or take it out of the data.",
-    )
-
-
-def _check_read(chat: Sequence[Message], read: Sequence[Read], where: str) -> tuple[str, ...]:
-    """Refuse a chat of which the template leaves something out; return left out keys that only name things."""
-    unread = []
-    for number, (message, seen) in enumerate(zip(chat, read, strict=True)):
-        at = f"{where}, messages[{number}]"
-        missed = [key for key in message if key not in seen._read and message[key] not in ("", [], {})]
-        if any(key in seen._read for key in REASONING):
-            missed = [key for key in missed if key not in REASONING]
-        for key in missed:
-            if key == "role" and "content" in seen._read:
-                continue
-            if key in _NAMES or (isinstance(message[key], bool | int | float) and key not in _FLAGS):
-                unread.append(key)
-                continue
-            who = f" of a message of role {message['role']!r}" if key in ("role", "content") else ""
-            raise DataError(
-                f"{at}: the chat template does not read key {key!r}{who}, so it would be lost.",
-                fix=f"use a template that reads {key}, or take it out of the data.",
-            )
-    return tuple(unread)
-
-
-# -- running the template --------------------------------------------------------------------------------------------
+# -- the template --------------------------------------------------------------------------------------------------
 
 
 def _template_of(tokenizer: ChatTokenizer, with_tools: bool, where: str) -> str:
@@ -310,48 +291,13 @@ def _template_of(tokenizer: ChatTokenizer, with_tools: bool, where: str) -> str:
     return templates[name]
 
 
-def _refused(
-    where: str, why: str, fix: str = "change the roles or their order, or mend the template"
-) -> DataError:
-    return DataError(f"{where}: the chat template refuses these messages ({why}).", fix=f"{fix}.")
-
-
-def _official(
-    chat: list[Message], arguments: Mapping[str, Any], tokenizer: ChatTokenizer, where: str, **more: bool
-) -> str:
-    """Return what transformers makes of a chat."""
-    try:
-        text: str = tokenizer.apply_chat_template(chat, tokenize=False, **arguments, **more)
-    except Exception as fault:  # a template raises whatever its expressions do
-        raise _refused(where, _line(fault)) from None
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError(
-            f"{where}: the messages hold a lone surrogate, wanted Unicode text.",
-            fix="write the character itself.",
-        ) from None
-    return text
-
-
-def _line(fault: Exception) -> str:
+def _refused(where: str, fault: Exception) -> DataError:
     said = " ".join(str(fault).split())[:200]
-    return said if isinstance(fault, TemplateError) and said else f"{type(fault).__name__}: {said}"
-
-
-def _run(
-    chat: Sequence[Message],
-    arguments: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    template: str,
-    where: str,
-    prompt: bool = False,
-) -> Marked:
-    names = {**getattr(tokenizer, "special_tokens_map", {}), **arguments}
-    try:
-        return run_with_marks(chat, template, names, prompt)
-    except Exception as fault:  # as above
-        raise _refused(where, _line(fault)) from None
+    why = said if isinstance(fault, TemplateError) and said else f"{type(fault).__name__}: {said}"
+    return DataError(
+        f"{where}: the chat template refuses these messages ({why}).",
+        fix="change the roles or their order, or mend the template.",
+    )
 
 
 # -- where answers are -----------------------------------------------------------------------------------------------
@@ -359,60 +305,63 @@ def _run(
 
 def _answers(
     chat: list[Message],
-    weights: Sequence[bool],
-    arguments: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    template: str,
-    where: str,
+    learnt: Sequence[bool],
+    writing: _Writing,
     marked: Marked,
+    owned: Sequence[bool],
     text: str,
 ) -> list[Span]:
     """Return where the answers stand that are to be learnt: what the template marks, else what follows its prompts."""
-    told = {number for number, _, _ in marked.turns} if marked.text == text else set()
-    learnt = [
-        number for number, message in enumerate(chat) if message["role"] == ASSISTANT and weights[number]
-    ]
-    left = [
-        number for number, message in enumerate(chat) if message["role"] == ASSISTANT and not weights[number]
-    ]
-    if marked.text == text and _GENERATION.search(template):
-        if not told >= set(left):
-            raise DataError(
-                f"{where}: the chat template does not tell where messages[{left[0]}] stands, whose weight is 0.",
-                fix="use a template that loops over the messages, or take the weight out.",
+    answers = [number for number, message in enumerate(chat) if message["role"] == ASSISTANT]
+    wanted = {number for number in answers if learnt[number]}
+    own = [turn for turn, is_own in zip(marked.turns, owned, strict=True) if is_own]
+    if marked.text == text and _GENERATION.search(writing.template):
+        return _without_unlearnt(marked, set(answers) - wanted, writing.where)
+    if marked.text == text and {number for number, _, _ in own} >= wanted:
+        prompt = _prompt(chat[: answers[0]] or chat, writing)
+        others = [(start, stop) for number, start, stop in marked.turns if number not in wanted]
+        return [
+            part
+            for number, start, stop in own
+            if number in wanted
+            for part in _without(
+                (start + _header(prompt, text[start:stop]), len(text) if stop == marked.end else stop), others
             )
-        skipped = [(a, b) for number, a, b in marked.turns if number in left]
-        return [span for span in marked.generated if not any(a <= span[0] < b for a, b in skipped)]
-    own = [turn for turn in marked.turns if _is_written(chat[turn[0]], text[turn[1] : turn[2]])]
-    if {number for number, _, _ in own} >= set(learnt):
-        first = next(number for number, message in enumerate(chat) if message["role"] == ASSISTANT)
-        prompt = _prompt(chat[:first] or chat, arguments, tokenizer, template, where)
-        spans: list[Span] = []
-        for number, start, stop in own:
-            if number in learnt:
-                begin = start + _prompted(prompt, text[start:stop])
-                end = len(text) if stop == marked.end else stop
-                within = [(a, b) for n, a, b in marked.turns if n != number and begin <= a and b <= stop]
-                spans += _without((begin, end), within)
-        return spans
-    return [_between(chat, number, arguments, tokenizer, where, text) for number in learnt]
+        ]
+    return [_between(chat, number, writing, text) for number in sorted(wanted)]
 
 
-def _without(span: Span, others: Sequence[Span]) -> list[Span]:
-    """Return a span without what others take of it, such as a tool's answer that stands within the assistant's."""
-    parts, at = [], span[0]
-    for start, stop in sorted(others):
+def _without_unlearnt(marked: Marked, left: set[int], where: str) -> list[Span]:
+    """Return what a template marks as answers, without what is in turns that are not to be learnt."""
+    untold = left - {number for number, _, _ in marked.turns}
+    if untold:
+        raise DataError(
+            f"{where}: the chat template does not tell where messages[{min(untold)}] stands, "
+            "which is not to be learnt.",
+            fix="use a template that loops over the messages, or take the weight out.",
+        )
+    skipped = [(start, stop) for number, start, stop in marked.turns if number in left]
+    return [span for span in marked.generated if not any(start <= span[0] < stop for start, stop in skipped)]
+
+
+def _without(span: Span, others: Sequence[Span]) -> Iterator[Span]:
+    """Yield what of a span is not of others inside it, such as results of tools that stand in an answer."""
+    at, end = span
+    for start, stop in sorted(other for other in others if span[0] <= other[0] and other[1] <= span[1]):
         if at < start:
-            parts.append((at, start))
+            yield at, start
         at = max(at, stop)
-    return [*parts, (at, span[1])] if at < span[1] else parts
+    if at < end:
+        yield at, end
 
 
-def _prompted(prompt: str, turn: str) -> int:
-    """Return how many characters a turn begins with that prompt it, behind what separates it from the turn before."""
-    apart = len(turn) - len(turn.lstrip())
-    behind = _common(prompt, turn[apart:])
-    return apart + behind if behind > _common(prompt, turn) else _common(prompt, turn)
+def _header(prompt: str, turn: str) -> int:
+    """Return how much of a turn is what prompts it, behind what separates it; nothing if only a few characters are."""
+    for start in (0, len(turn) - len(turn.lstrip())):
+        alike = _common(prompt, turn[start:])
+        if 2 * alike >= len(prompt):
+            return start + alike
+    return 0
 
 
 def _common(one: str, other: str) -> int:
@@ -421,38 +370,25 @@ def _common(one: str, other: str) -> int:
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _prompt(
-    chat: Sequence[Message], arguments: Mapping[str, Any], tokenizer: ChatTokenizer, template: str, where: str
-) -> str:
+def _prompt(chat: Sequence[Message], writing: _Writing) -> str:
     """Return what the template writes to have the assistant speak; thinking that it begins is a part of the answer."""
     try:
-        asked = _run(chat, arguments, tokenizer, template, where, prompt=True)
+        asked = writing.marked(chat, writing.columns, prompt=True)
     except DataError:
         return ""
     return _THINKING.split(asked.text[asked.end :])[0]
 
 
-def _between(
-    chat: list[Message],
-    number: int,
-    arguments: Mapping[str, Any],
-    tokenizer: ChatTokenizer,
-    where: str,
-    text: str,
-) -> Span:
+def _between(chat: list[Message], number: int, writing: _Writing, text: str) -> Span:
     """Return where an answer stands by what it adds to what prompts it, for templates that have no loop of messages."""
     try:
-        before = (
-            _official(chat[:number], arguments, tokenizer, where, add_generation_prompt=True)
-            if number
-            else ""
-        )
-        after = _official(chat[: number + 1], arguments, tokenizer, where)
+        before = writing.official(chat[:number], add_generation_prompt=True) if number else ""
+        after = writing.official(chat[: number + 1])
     except DataError:
         before, after = "", "\0"  # a part of a chat is no chat to it
     if not (after.startswith(before) and text.startswith(after)):
         raise DataError(
-            f"{where}: the chat template changes earlier messages when messages[{number}] is added, so its "
+            f"{writing.where}: the chat template changes earlier messages when messages[{number}] is added, so its "
             "answers cannot be told from what prompts them.",
             fix="mark them in the template with {% generation %}, or use data.loss_on: all.",
         )

@@ -8,7 +8,7 @@ from colledge.errors import DataError
 
 _SAMPLE_BYTES = 1 << 16  # enough to tell an encoding by
 _TYPOGRAPHY = "\u201c\u201d\u2018\u2019\u201e\u2013\u2014\u2026\u20ac\xa0\xab\xbb\xb0\xa7\xa3\xbf\xa1\xbd"
-_UTF8_MARK = b"\xef\xbb\xbf"
+UTF8_MARK = b"\xef\xbb\xbf"
 _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     b"\xff\xfe\x00\x00": "utf-32",
     b"\x00\x00\xfe\xff": "utf-32",
@@ -47,7 +47,22 @@ def check_beginning(path: Path, beginning: bytes) -> bytes:
         wide = _wide_encoding(beginning)
         if wide is not None:
             raise _not_utf8(path, f"looks like {wide.upper()}", wide)
-    return beginning.removeprefix(_UTF8_MARK)
+    return check_zeros(path, beginning).removeprefix(UTF8_MARK)
+
+
+def check_zeros(path: Path, content: bytes, line: int = 1) -> bytes:
+    """Return a part of a text file.
+
+    Raises:
+        DataError: There is a zero byte in it; the message names its line; the part begins in `line`.
+    """
+    if b"\x00" in content:
+        line += content.count(b"\n", 0, content.index(b"\x00"))
+        raise DataError(
+            f"{path}, line {line}: holds a zero byte, which is in no text.",
+            fix="give text; a file that was cut off by a crash often ends in zeros: take them out.",
+        )
+    return content
 
 
 def decode(path: Path, content: bytes, line: int = 1) -> str:
@@ -65,8 +80,25 @@ def decode(path: Path, content: bytes, line: int = 1) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as fault:
         line += content.count(b"\n", 0, fault.start)
+        if len(content) - fault.start < 4 and fault.reason == "unexpected end of data":
+            raise DataError(
+                f"{path}, line {line}: ends within a character: the file was cut off.",
+                fix="copy the file again, or take out its last character.",
+            ) from None
+        if _is_mostly_utf8(content):
+            raise DataError(
+                f"{path}, line {line}: byte {content[fault.start]:#04x} is not UTF-8, and what is around it is.",
+                fix="mend that character; `iconv -c -f utf-8 -t utf-8` leaves out all such.",
+            ) from None
         seen = f"byte {content[fault.start]:#04x} is not UTF-8"
         raise _not_utf8(path, seen, _guess(content, fault.start), line) from None
+
+
+def _is_mostly_utf8(content: bytes) -> bool:
+    """Return whether a text has more characters of several bytes that are UTF-8 than bytes that are not."""
+    text = content.decode("utf-8", errors="replace")
+    wrong = text.count("\ufffd")
+    return sum(ord(char) > 127 for char in text) - wrong > 4 * wrong
 
 
 def _guess(content: bytes, at: int) -> str:
@@ -90,12 +122,12 @@ def _wide_encoding(beginning: bytes) -> str | None:
     quarter = max(1, len(beginning) // 4)
     zeros = [beginning[start::4].count(0) / quarter for start in range(4)]
     wide = (
-        ("utf-32-be", zeros[:3]),
-        ("utf-32-le", zeros[1:]),
-        ("utf-16-be", zeros[::2]),
-        ("utf-16-le", zeros[1::2]),
+        ("utf-32-be", zeros[:3], zeros[3:]),
+        ("utf-32-le", zeros[1:], zeros[:1]),
+        ("utf-16-be", zeros[::2], zeros[1::2]),
+        ("utf-16-le", zeros[1::2], zeros[::2]),
     )
-    return next((encoding for encoding, shares in wide if min(shares) > 0.5), None)
+    return next((name for name, high, low in wide if min(high) > 0.5 and max(low) < 0.1), None)
 
 
 def _not_utf8(path: Path, seen: str, encoding: str, line: int | None = None) -> DataError:

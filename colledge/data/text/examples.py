@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -22,20 +22,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from colledge.data.text.encodings import check_beginning, decode
+from colledge.data.text.encodings import UTF8_MARK, check_beginning, check_zeros, decode
 from colledge.data.text.files import SUFFIXES
-from colledge.data.text.formats import SHAPES, canonical
+from colledge.data.text.formats import PROMPTED, SHAPES, canonical
+from colledge.data.text.losses import MEANT
 from colledge.errors import ColledgeError, DataError
 from colledge.records import kind_of
 
 Kind = Literal["text", "completion", "chat"]
 
 _BEGINNING_BYTES = 1 << 12
-# Columns that hold something to learn from: refused where nothing reads them.
-_MEANT = frozenset(
-    {"tools", "functions", "documents", "image", "images", "audio", "audios", "video", "videos"}
-    | {"system", "system_prompt", "chat_template_kwargs"}
-)
+_PART_BYTES = 1 << 20  # of a .txt that are read at a time
+_CURES = {
+    **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it first."),
+    **dict.fromkeys(
+        (".csv", ".tsv"), "tables of text are not read: write each row as an object into a .jsonl file."
+    ),
+    **dict.fromkeys((".ndjson", ".jsonlines"), "call it .jsonl."),
+    **dict.fromkeys((".md", ".text"), "call it .txt."),
+}
+_EMPTY = frozenset(("role", "content"))  # the keys of a message that has nothing but its content
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Example:
         parts: Of a chat (role, text) of each message; else ("prompt" or "text" or "completion", text).
         messages: Of a chat, with all that they have.
         columns: Of a chat, what stands beside the messages.
+        goes_on: Whether the next example is a part of the same text, which is long.
+        prompting: Of a chat, how many messages, from the first on, only ask: of them nothing is learnt.
     """
 
     where: str
@@ -55,6 +63,8 @@ class Example:
     parts: tuple[tuple[str, str], ...]
     messages: tuple[dict[str, Any], ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    prompting: int = 0
+    goes_on: bool = False
 
 
 @dataclass
@@ -99,7 +109,16 @@ def read_examples(
     Raises:
         DataError: The file is missing, cannot be read or holds no text.
     """
-    found = list(iterate_examples([path], on_fault, noticed))
+    found: list[Example] = []
+    parts: list[str] = []
+    for example in iterate_examples([path], on_fault, noticed):
+        if example.goes_on:
+            parts.append(example.parts[0][1])
+        elif parts:
+            found.append(replace(example, parts=(("text", "".join([*parts, example.parts[0][1]])),)))
+            parts = []
+        else:
+            found.append(example)
     if not found:
         raise DataError(f"{path}: holds no text.", fix="give a file with at least one row of text.")
     return found
@@ -122,6 +141,9 @@ def iterate_examples(
     for path in paths:
         check_name(path)
         try:
+            if path.suffix.lower() == ".txt":
+                yield from _document(path, noticed)
+                continue
             for where, value in _entries(path, on_fault):
                 try:
                     example = _example(value, where, noticed)
@@ -158,9 +180,9 @@ def check_name(path: Path) -> None:
         )
     if path.suffix.lower() not in SUFFIXES:
         seen = f"a {path.suffix} file" if path.suffix else "a name without a suffix"
+        fix = f"write one {SHAPES} a line into a .jsonl file, or plain text into a .txt file."
         raise DataError(
-            f"{path}: saw {seen}, wanted {', '.join(SUFFIXES)}.",
-            fix=f"write one {SHAPES} a line into a .jsonl file, or plain text into a .txt file.",
+            f"{path}: saw {seen}, wanted {', '.join(SUFFIXES)}.", fix=_CURES.get(path.suffix.lower(), fix)
         )
 
 
@@ -205,10 +227,8 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
     match path.suffix.lower():
         case ".parquet":
             yield from _parquet_rows(path)
-        case ".txt":
-            yield str(path), {"text": decode(path, _whole(path))}
         case ".json":
-            fix = "write a list of objects, or one a line in .jsonl."
+            fix = "write a list of objects; a file of one object a line is called .jsonl."
             value = _parse(decode(path, _whole(path)), str(path), fix)
             if not isinstance(value, list):
                 raise DataError(
@@ -218,6 +238,32 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
             yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(value, start=1))
         case _:
             yield from _json_lines(path, on_fault)
+
+
+def _document(path: Path, noticed: Noticed) -> Iterator[Example]:
+    """Yield the text of a file as one example, or as several that go on."""
+    line, rest = 1, b""
+    with path.open("rb") as file:
+        part = check_beginning(path, file.read(_PART_BYTES))
+        if not part:
+            noticed.empty += 1
+        while part:
+            following = file.read(_PART_BYTES)
+            content = rest + check_zeros(path, part, line)
+            whole = len(content) - (_unfinished(content) if following else 0)
+            text = decode(path, content[:whole], line)
+            yield Example(str(path), "text", (("text", text),), goes_on=bool(following))
+            line, rest, part = line + text.count("\n"), content[whole:], following
+
+
+def _unfinished(content: bytes) -> int:
+    """Return how many bytes at the end of UTF-8 are a character's first ones, of which more are to come."""
+    for count in range(1, min(4, len(content) + 1)):
+        if content[-count] >= 0xC0:
+            return count if content[-count] >= (0xC0, 0xE0, 0xF0)[count - 1] else 0
+        if content[-count] < 0x80:
+            break
+    return 0
 
 
 def _whole(path: Path) -> bytes:
@@ -232,7 +278,7 @@ def _json_lines(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
             if raw.strip():
                 where = f"{path}, line {line}"
                 try:
-                    text = decode(path, raw, line)
+                    text = decode(path, raw.removeprefix(UTF8_MARK), line)
                     value = _parse(text, where, f"write one {SHAPES} a line.")
                 except DataError as fault:
                     on_fault(fault)
@@ -245,15 +291,6 @@ def _parse(text: str, where: str, fix: str) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as fault:
         raise DataError(f"{where}: not JSON ({fault}).", fix=fix) from None
-
-
-def _without_null(value: Any) -> Any:
-    """Return JSON without the keys that hold null, which tables write where a row has no such key."""
-    if isinstance(value, dict):
-        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_null(inner) for inner in value]
-    return value
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -278,7 +315,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
                     ) from None
                 for row in rows:
                     number += 1
-                    yield f"{path}, row {number}", _without_null(row)
+                    yield f"{path}, row {number}", row
     except ArrowException as fault:
         line = " ".join(str(fault).split())[:200]
         raise DataError(f"{path}: not parquet ({line}).", fix="mend or regenerate the file.") from None
@@ -290,9 +327,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 def _example(value: object, where: str, noticed: Noticed) -> Example | None:
     """Return an entry as an example; None where it holds no text."""
     if not isinstance(value, dict):
+        named = "; a file that is one list is called .json" if isinstance(value, list) else ""
         raise DataError(
             f"{where}: saw {kind_of(value)}, wanted an object {SHAPES}.",
-            fix=f"write one {SHAPES} a line.",
+            fix=f"write one {SHAPES} a line{named}.",
         )
     entry, read_as = canonical(value, where)
     if not entry:
@@ -300,8 +338,9 @@ def _example(value: object, where: str, noticed: Noticed) -> Example | None:
     if "messages" in entry:
         messages = _messages(entry.pop("messages"), where)
         parts = tuple((message["role"], _text_of(message)) for message in messages)
-        example = Example(where, "chat", parts, messages, _columns(entry, where))
-        if not any(text for _, text in parts) and not any("tool_calls" in message for message in messages):
+        prompting = len(value["prompt"]) if read_as == PROMPTED else 0
+        example = Example(where, "chat", parts, messages, _columns(entry, where), prompting)
+        if not any(text for _, text in parts) and all(message.keys() <= _EMPTY for message in messages):
             return None
     else:
         chosen = ("prompt", "completion") if "prompt" in entry or "completion" in entry else ("text",)
@@ -321,8 +360,8 @@ def check_columns(columns: Mapping[str, Any], where: str, noticed: Noticed) -> N
     Raises:
         DataError: One holds something to learn from.
     """
-    for key, value in columns.items():
-        if key in _MEANT and value not in ("", [], {}):
+    for key in columns:
+        if key in MEANT:
             raise DataError(
                 f"{where}: key {key!r} is not read, so it would be lost.",
                 fix=f"take {key!r} out of the data, or write a chat for a model whose chat template reads it.",
@@ -350,7 +389,10 @@ def _columns(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     if "tools" in columns:
         columns["tools"] = tools
+    columns = {key: inner for key, inner in columns.items() if key not in MEANT or inner not in ("", [], {})}
     more = columns.get("chat_template_kwargs")
+    if isinstance(more, str):
+        more = _parse(more, f"{where}, key 'chat_template_kwargs'", "write an object.")
     if isinstance(more, dict):
         del columns["chat_template_kwargs"]
         columns |= more
@@ -379,7 +421,7 @@ def _message(value: object, where: str) -> dict[str, Any]:
     if isinstance(message.get("content"), list):
         for part in message["content"]:
             _check_part(part, where)
-    elif "content" in message or not message.get("tool_calls"):
+    elif "content" in message or message.keys() <= _EMPTY:
         _text(message, "content", where, wanted)
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):

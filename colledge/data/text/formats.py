@@ -18,8 +18,8 @@ from colledge.records import kind_of
 
 Entry = dict[str, Any]
 
-PROMPTING = False  # a weight of 0 that is ours, not the user's: nothing is wrong with it where all is learnt
 SHAPES = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
+PROMPTED = "prompt and completion as messages"
 
 _ROLES = {
     **dict.fromkeys(("system", "user", "assistant", "tool"), None),
@@ -29,6 +29,7 @@ _ROLES = {
 }
 _CALL = "function_call"  # in ShareGPT: the assistant calls a tool, as JSON
 _PREFERENCES = ("chosen", "rejected", "preferred_output", "non_preferred_output")
+_BOTH = ("chosen", "rejected")  # parts of keys that say so together, such as chosen_response
 
 # The wording of Stanford Alpaca (github.com/tatsu-lab/stanford_alpaca), which its models are asked with.
 _ALPACA = (
@@ -52,7 +53,7 @@ def canonical(entry: Mapping[str, Any], where: str) -> tuple[Entry, str | None]:
     Raises:
         DataError: The entry is of a kind that is not read yet, or a message of it is malformed.
     """
-    own = {key: value for key, value in entry.items() if value is not None}
+    own: Entry = _without_null(entry)
     _refuse_unread(own, where)
     if "conversations" in own:
         return _sharegpt(own, own["conversations"], where), "ShareGPT"
@@ -60,24 +61,43 @@ def canonical(entry: Mapping[str, Any], where: str) -> tuple[Entry, str | None]:
         if _is_sharegpt(own["messages"]):
             return _sharegpt(own, own["messages"], where), "ShareGPT"
         return own, None
-    if "instruction" in own and "output" in own and "prompt" not in own:
+    if "instruction" in own and "output" in entry and "prompt" not in own:
         return _alpaca(own, where), "Alpaca"
-    if isinstance(own.get("prompt"), list) and isinstance(own.get("completion"), list):
-        return _joined(own), "prompt and completion as messages"
+    lists = [key for key in ("prompt", "completion") if isinstance(own.get(key), list)]
+    if len(lists) == 2:
+        return _joined(own), PROMPTED
+    if lists:
+        raise DataError(
+            f"{where}: key {lists[0]!r} holds a list, wanted a string, or prompt and completion both as messages.",
+            fix="write both as text, or both as lists of messages.",
+        )
     return own, None
+
+
+def _without_null(value: Any) -> Any:
+    """Return JSON without the keys that hold null, which tables write where a row has no such key."""
+    if isinstance(value, dict):
+        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_null(inner) for inner in value]
+    return value
 
 
 def _refuse_unread(entry: Entry, where: str) -> None:
     """Refuse what other trainers learn from and this one does not."""
     seen = [key for key in _PREFERENCES if key in entry]
+    likely = [[key for key in entry if word in key] for word in _BOTH]
+    seen = seen or ([*likely[0], *likely[1]] if all(likely) else [])
     if seen:
         raise DataError(
             f"{where}: preference data ({', '.join(seen)}) are not read yet.",
             fix="write the preferred answers alone, as messages or as prompt and completion.",
         )
-    if entry.get("label") in (True, False) and "completion" in entry:  # or 1 and 0
+    label = entry.get("label")
+    answered = "completion" in entry or ("messages" in entry and isinstance(label, bool))
+    if answered and label in (0, 1):
         raise DataError(
-            f"{where}: KTO's data (completions with a label of true or false) are not read yet.",
+            f"{where}: KTO's data (answers with a label of true or false) are not read yet.",
             fix="keep the examples whose label is true, without the key.",
         )
     if isinstance(entry.get("completions"), list):
@@ -171,9 +191,9 @@ def _calls(value: object, where: str) -> list[Entry]:
 
 def _alpaca(entry: Entry, where: str) -> Entry:
     for key in ("instruction", "input", "output"):
-        if not isinstance(entry.get(key, ""), str):
+        if not isinstance(entry.get(key, "" if key == "input" else None), str):
             raise DataError(
-                f"{where}: key {key!r} holds {kind_of(entry[key])}, wanted a string.", fix="write text."
+                f"{where}: key {key!r} holds {kind_of(entry.get(key))}, wanted a string.", fix="write text."
             )
     for key in _EMPTY:
         if entry.get(key):
@@ -194,11 +214,6 @@ def _alpaca(entry: Entry, where: str) -> Entry:
 
 
 def _joined(entry: Entry) -> Entry:
-    """Return one chat of a prompt and a completion that are messages; of the prompt nothing is learnt."""
-    prompt = [{**m, "weight": PROMPTING} if _is_answer(m) else m for m in entry["prompt"]]
+    """Return one chat of a prompt and a completion that are messages."""
     rest = {key: value for key, value in entry.items() if key not in ("prompt", "completion")}
-    return {**rest, "messages": [*prompt, *entry["completion"]]}
-
-
-def _is_answer(message: object) -> bool:
-    return isinstance(message, dict) and message.get("role") == "assistant"
+    return {**rest, "messages": [*entry["prompt"], *entry["completion"]]}

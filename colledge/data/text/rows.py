@@ -179,6 +179,7 @@ def joined(tokens: Iterable[Tokens]) -> Stream:
     if any(one.learnt is not None for one in found):
         learnt = np.concatenate([one.mask for one in found])
     ends = np.cumsum([len(one.ids) for one in found], dtype=np.int64)
+    ends = ends[[not one.goes_on for one in found]] if found else ends
     digest = hashlib.sha256(ids.tobytes() + ends.tobytes() + (b"" if learnt is None else learnt.tobytes()))
     return Stream(ids, ends, learnt, int(ids.max(initial=-1)), digest.hexdigest())
 

@@ -35,7 +35,7 @@ from colledge.errors import ColledgeError, DataError
 from colledge.records import Record, read_json, write_atomically
 from colledge.settings import LossOn
 
-_FORMAT = "1"  # another number where the same data would give other tokens
+_FORMAT = "2"  # another number where the same data would give other tokens
 _CHUNK_BYTES = 1 << 22
 _KEPT_S = 30 * 24 * 3600.0
 _LINE_EVERY_S = 5.0
@@ -249,14 +249,15 @@ class _Writer:
                 say(f"tokenising {name}: {self.num_tokens:,} tokens so far ({rate:,.0f}/s)")
 
     def _add(self, one: Tokens) -> None:
-        self.num_examples += 1
+        self.num_examples += not one.goes_on
         if one.learnt is not None and self._learnt is None:
             self._learnt = (self._folder / "learnt.bin").open("wb")
             self._learnt.write(b"\1" * self.num_tokens)
         self.num_tokens += len(one.ids)
         self.largest = max(self.largest, int(one.ids.max(initial=-1)))
         self._ids.write(one.ids.astype(self.token_type).tobytes())
-        self._ends.write(np.int64(self.num_tokens).tobytes())
+        if not one.goes_on:
+            self._ends.write(np.int64(self.num_tokens).tobytes())
         if self._learnt is not None:
             self._learnt.write(one.mask.tobytes())
 

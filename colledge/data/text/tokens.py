@@ -6,27 +6,26 @@ begin with what the tokenizer puts in front of a text (a Llama's BOS) and end wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from colledge.data.text.chats import ChatTokenizer, read_by_template, render
+from colledge.data.text.chats import Chat, ChatTokenizer, render
 from colledge.data.text.examples import Example, Noticed, OnFault, check_columns, stop_at_fault
-from colledge.data.text.templates import Message
+from colledge.data.text.pieces import PIECE_CHARS, PLAIN, Ids, Placed, place, place_in_pieces
+from colledge.data.text.templates import Message, Span
 from colledge.errors import DataError, ModelError
 from colledge.settings import LossOn
 
-Ids = npt.NDArray[np.int64]
-
 _EXAMPLES_AT_ONCE = 512  # tokenised together: all cores
-_PIECE_CHARS = 1 << 16  # a document longer than this is tokenised in pieces: less memory, all cores
-_PIECES_AT_ONCE = 64
-_CONTEXT_CHARS = 512  # of its neighbours, that a piece is tokenised with
-_PLAIN = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+_CHARS_AT_ONCE = 1 << 20
+_SPACES = re.compile(r"\s*")
+_MOST_OF_A_CHARACTER = 8  # tokens, of a tokenizer in Python
 
 
 class Tokenizer(ChatTokenizer, Protocol):
@@ -51,17 +50,19 @@ class Tokenizer(ChatTokenizer, Protocol):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of one example.
+    """The tokens of one example, or of a part of it.
 
     Args:
         where: File and line of the example.
         ids: int64, [tokens].
         learnt: Whether the loss counts each token, [tokens]; None for all of them.
+        goes_on: Whether the next tokens are of the same example, which is long.
     """
 
     where: str
     ids: Ids
     learnt: npt.NDArray[np.bool_] | None = None
+    goes_on: bool = False
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -94,26 +95,32 @@ def tokenize(
         ModelError: The tokenizer has no end, no chat template, or cannot say where its tokens stand.
     """
     begin, end = begin_of(tokenizer), end_of(tokenizer)
-    columns = read_by_template(tokenizer)
     noticed, left = noticed if noticed is not None else Noticed(), iter(examples)
-    while group := list(islice(left, _EXAMPLES_AT_ONCE)):
-        texts: list[tuple[Example, str, list[tuple[int, int]] | None]] = []
-        for example in group:
-            try:
-                texts.append((example, *_text(example, tokenizer, loss_on, columns, noticed)))
-            except DataError as fault:
-                on_fault(fault)
-        for (example, _, spans), ids, starts, ends in _encoded(texts, tokenizer):
-            learnt = None
-            if spans is not None:
-                learnt = np.zeros(len(ids), dtype=bool)
-                for start, stop in spans:
-                    learnt |= (start < ends) & (starts < stop)
-            if example.kind != "chat":
-                ids = np.concatenate([begin, ids, [end]])
-                if learnt is not None:
-                    learnt = np.concatenate([np.zeros(len(begin), dtype=bool), learnt, [True]])
-            yield Tokens(example.where, ids, learnt)
+    waiting: list[_Text] = []
+    chars = 0  # of those that wait
+    for example in left:
+        try:
+            one = _Text(example, *_text(example, tokenizer, loss_on, noticed))
+        except DataError as fault:
+            on_fault(fault)
+            continue
+        if example.goes_on or len(one.text) > PIECE_CHARS:
+            yield from _finished(waiting, tokenizer, begin, end)
+            waiting, chars = [], 0
+            parts = _in_parts(one, _following(example, left), tokenizer)
+            yield from parts if example.kind == "chat" else _with_ends(parts, begin, end)
+            continue
+        waiting.append(one)
+        chars += len(one.text)
+        if len(waiting) == _EXAMPLES_AT_ONCE or chars > _CHARS_AT_ONCE:
+            yield from _finished(waiting, tokenizer, begin, end)
+            waiting, chars = [], 0
+    yield from _finished(waiting, tokenizer, begin, end)
+
+
+def _finished(texts: Sequence[_Text], tokenizer: Tokenizer, begin: Ids, end: int) -> Iterator[Tokens]:
+    for one, tokens in zip(texts, _together(texts, tokenizer), strict=True):
+        yield from [tokens] if one.example.kind == "chat" else _with_ends([tokens], begin, end)
 
 
 def end_of(tokenizer: Tokenizer) -> int:
@@ -133,137 +140,137 @@ def end_of(tokenizer: Tokenizer) -> int:
 
 def begin_of(tokenizer: Tokenizer) -> Ids:
     """Return the tokens that a tokenizer puts in front of a text, such as BOS."""
-    options = {**_PLAIN, "add_special_tokens": True}
-    plain, whole = (tokenizer(["a"], **one)["input_ids"][0] for one in (_PLAIN, options))
+    options = {**PLAIN, "add_special_tokens": True}
+    plain, whole = (tokenizer(["a"], **one)["input_ids"][0] for one in (PLAIN, options))
     added = len(whole) - len(plain)
     at = next((start for start in range(added + 1) if whole[start : start + len(plain)] == plain), 0)
     return np.array(whole[:at], dtype=np.int64)
 
 
 def _text(
-    example: Example, tokenizer: Tokenizer, loss_on: LossOn, columns: frozenset[str], noticed: Noticed
-) -> tuple[str, list[tuple[int, int]] | None]:
+    example: Example, tokenizer: Tokenizer, loss_on: LossOn, noticed: Noticed
+) -> tuple[str, list[Span] | None]:
     """Return an example as text, and where in it the answers stand; None where all is learnt."""
     if example.kind != "chat":
         texts = [text for _, text in example.parts]
         start = len(texts[0])
         answers = example.kind == "completion" and loss_on == "answers"
         return "".join(texts), [(start, start + len(texts[1]))] if answers else None
-    given = {key: value for key, value in example.columns.items() if key in columns}
-    others = {key: value for key, value in example.columns.items() if key not in columns}
-    rendered = render(example.messages, given, tokenizer, example.where, answers=loss_on == "answers")
-    check_columns(others, example.where, noticed)
+    chat = Chat(example.where, example.messages, example.columns, example.prompting)
+    rendered = render(chat, tokenizer, answers=loss_on == "answers")
+    check_columns(rendered.left, example.where, noticed)
     noticed.unread.update(f"messages' {key}" for key in rendered.unread)
     return rendered.text, None if rendered.answers is None else list(rendered.answers)
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------
 
-_Text = tuple[Example, str, list[tuple[int, int]] | None]
+
+@dataclass(frozen=True)
+class _Text:
+    """An example as text, and where in it the answers stand; None where all is learnt."""
+
+    example: Example
+    text: str
+    answers: list[Span] | None
+
+    def learnt(self, tokens: Placed) -> npt.NDArray[np.bool_] | None:
+        """Return which of its tokens are learnt."""
+        if self.answers is None:
+            return None
+        found = np.zeros(len(tokens.ids), dtype=bool)
+        for start, stop in self.answers:
+            found |= (start < tokens.ends) & (tokens.starts < stop)
+        return found
 
 
-def _encoded(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[tuple[_Text, Ids, Ids, Ids]]:
-    """Yield texts with their tokens, and where each token begins and ends (nowhere, if that is not asked for)."""
-    short = [text for text in texts if len(text[1]) <= _PIECE_CHARS]
-    plain = [text for text in short if text[2] is None]
-    ids_of = iter(tokenizer([text for _, text, _ in plain], **_PLAIN)["input_ids"] if plain else ())
-    placed = iter(_with_places([text for _, text, spans in short if spans is not None], tokenizer))
-    nowhere = np.zeros(0, dtype=np.int64)
+def _together(texts: Sequence[_Text], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Yield the tokens of short examples."""
+    whole = [one.text for one in texts if one.answers is None]
+    ids_of = iter(tokenizer(whole, **PLAIN)["input_ids"] if whole else ())
+    placed = iter(_with_places([one.text for one in texts if one.answers is not None], tokenizer))
     for one in texts:
-        if len(one[1]) > _PIECE_CHARS:
-            yield one, *_in_pieces(one[1], tokenizer, one[2] is not None)
-        elif one[2] is None:
-            yield one, np.array(next(ids_of), dtype=np.int64), nowhere, nowhere
+        if one.answers is None:
+            yield Tokens(one.example.where, np.array(next(ids_of), dtype=np.int64))
         else:
-            yield one, *next(placed)
+            tokens = next(placed)
+            yield Tokens(one.example.where, tokens.ids, one.learnt(tokens))
 
 
-def _with_places(texts: Sequence[str], tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Ids]]:
+def _in_parts(one: _Text, following: Iterator[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
+    """Yield the tokens of a long example, or of one that goes on, in parts."""
+    parts = chain([one.text], following)
+    try:
+        list(place(["a"], tokenizer))
+    except NotImplementedError:
+        yield from _together([replace(one, text="".join(parts))], tokenizer)
+        return
+    last: Placed | None = None
+    for tokens in place_in_pieces(parts, tokenizer):
+        if last is not None:
+            yield Tokens(one.example.where, last.ids, one.learnt(last), goes_on=True)
+        last = tokens
+    assert last is not None
+    yield Tokens(one.example.where, last.ids, one.learnt(last))
+
+
+def _following(example: Example, left: Iterator[Example]) -> Iterator[str]:
+    """Yield the texts of the examples that an example goes on in."""
+    while example.goes_on:
+        example = next(left)
+        yield example.parts[0][1]
+
+
+def _with_ends(tokens: Iterable[Tokens], begin: Ids, end: int) -> Iterator[Tokens]:
+    """Yield a document's tokens with what stands before and behind it; the end is learnt."""
+    first = True
+    for one in tokens:
+        before, after = begin if first else begin[:0], [] if one.goes_on else [end]
+        learnt = one.learnt
+        if learnt is not None:
+            learnt = np.concatenate(
+                [np.zeros(len(before), dtype=bool), learnt, np.ones(len(after), dtype=bool)]
+            )
+        ids = np.concatenate([before, one.ids, np.array(after, dtype=np.int64)])
+        yield replace(one, ids=ids, learnt=learnt)
+        first = not one.goes_on
+
+
+def _with_places(texts: list[str], tokenizer: Tokenizer) -> list[Placed]:
     """Return the tokens of texts, and where each begins and ends in its text."""
     if not texts:
         return []
     try:
-        return list(_placed(texts, tokenizer))
+        return list(place(texts, tokenizer))
     except NotImplementedError:
         return [_found_places(text, tokenizer) for text in texts]
 
 
-def _placed(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[tuple[Ids, Ids, Ids]]:
-    encoded = tokenizer(list(texts), **_PLAIN, return_offsets_mapping=True)
-    if "offset_mapping" not in encoded:
-        raise NotImplementedError("a tokenizer in Python")
-    for ids, places in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
-        yield np.array(ids, dtype=np.int64), starts, ends
-
-
-def _found_places(text: str, tokenizer: Tokenizer) -> tuple[Ids, Ids, Ids]:
-    """Return what `_with_places` does for a tokenizer in Python, which does not say where its tokens stand.
+def _found_places(text: str, tokenizer: Tokenizer) -> Placed:
+    """Return what `_with_places` does for a tokenizer in Python: tokens are decoded until they are the text's next.
 
     Raises:
-        ModelError: The tokens, decoded one by one, are not the text.
+        ModelError: The decoded tokens are not the text.
     """
-    ids = tokenizer([text], **_PLAIN)["input_ids"][0]
-    pieces = [tokenizer.decode([token]) for token in ids]
-    ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-    if "".join(pieces) != text:
+    ids: list[int] = tokenizer([text], **PLAIN)["input_ids"][0]
+    places: list[Span] = []
+    at = 0
+    while len(places) < len(ids):
+        for count in range(1, min(_MOST_OF_A_CHARACTER, len(ids) - len(places)) + 1):
+            said = tokenizer.decode(ids[len(places) : len(places) + count])
+            begin = at if text.startswith(said, at) else _SPACES.match(text, at).end()  # type: ignore[union-attr]
+            if said and text.startswith(said, begin):
+                places += [(at, begin + len(said))] * count
+                at = begin + len(said)
+                break
+        else:
+            if tokenizer.decode(ids[len(places) : len(places) + 1]):
+                break
+            places.append((at, at))  # a token of nothing, such as of a space before a text
+    if at != len(text) or len(places) != len(ids):
         raise ModelError(
             "the tokenizer cannot say where in a text its tokens stand, which a loss on answers alone needs.",
             fix="use the model's fast tokenizer, or data.loss_on: all.",
         )
-    return np.array(ids, dtype=np.int64), np.concatenate([[0], ends[:-1]]), ends
-
-
-def _in_pieces(text: str, tokenizer: Tokenizer, with_places: bool) -> tuple[Ids, Ids, Ids]:
-    """Return the tokens of a long text as of the whole: pieces are tokenised with a part of their neighbours.
-
-    Where two neighbours do not agree about the tokens around their border, they are tokenised as one piece.
-    """
-    cuts = [0, *_cuts(text), len(text)]
-    try:
-        pieces = _windows(text, cuts, tokenizer)
-    except NotImplementedError:
-        ids = np.array(tokenizer([text], **_PLAIN)["input_ids"][0], dtype=np.int64)
-        return _found_places(text, tokenizer) if with_places else (ids, ids, ids)
-    while torn := [at for at in range(1, len(pieces)) if not _agree(pieces[at - 1], pieces[at], cuts[at])]:
-        cuts = [cut for at, cut in enumerate(cuts) if at not in torn]
-        pieces = _windows(text, cuts, tokenizer)
-    parts = []
-    for (ids, starts, ends), begin, stop in zip(pieces, cuts[:-1], cuts[1:], strict=True):
-        own = (begin <= starts) & (starts < stop) if stop < len(text) else begin <= starts
-        parts.append((ids[own], starts[own], ends[own]))
-    ids, starts, ends = (np.concatenate(columns) for columns in zip(*parts, strict=True))
-    return ids, starts, ends
-
-
-def _cuts(text: str) -> Iterator[int]:
-    """Yield where a long text may be cut: behind a line, else before a word."""
-    start = 0
-    while len(text) - start > _PIECE_CHARS:
-        least, most = start + _PIECE_CHARS // 2, start + _PIECE_CHARS
-        start = text.rfind("\n", least, most) + 1 or max(text.rfind(" ", least, most), 0) or most
-        yield start
-
-
-def _windows(text: str, cuts: Sequence[int], tokenizer: Tokenizer) -> list[tuple[Ids, Ids, Ids]]:
-    """Return the tokens of pieces with a part of their neighbours, and where they stand in the text."""
-    begins = [max(0, start - _CONTEXT_CHARS) for start in cuts[:-1]]
-    stops = [stop + _CONTEXT_CHARS for stop in cuts[1:]]
-    found: list[tuple[Ids, Ids, Ids]] = []
-    for at in range(0, len(begins), _PIECES_AT_ONCE):
-        some = slice(at, at + _PIECES_AT_ONCE)
-        windows = [text[begin:stop] for begin, stop in zip(begins[some], stops[some], strict=True)]
-        for begin, (ids, starts, ends) in zip(begins[some], _placed(windows, tokenizer), strict=True):
-            found.append((ids, starts + begin, ends + begin))
-    return found
-
-
-def _agree(left: tuple[Ids, Ids, Ids], right: tuple[Ids, Ids, Ids], cut: int) -> bool:
-    """Return whether two pieces have the same tokens around their border, none of which lies across it."""
-    near = []
-    for ids, starts, ends in (left, right):
-        inside = (starts >= cut - _CONTEXT_CHARS // 2) & (ends <= cut + _CONTEXT_CHARS // 2)
-        near.append(np.stack([ids[inside], starts[inside], ends[inside]]))
-        if bool(((starts < cut) & (ends > cut)).any()):
-            return False
-    return near[0].shape == near[1].shape and bool((near[0] == near[1]).all())
+    starts, ends = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    return Placed(np.array(ids, dtype=np.int64), starts, ends)
