@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from colledge.data.labelled import Labelled
     from colledge.data.partition import SplitSettings, deal
     from colledge.data.sampler import rows_for_step
-    from colledge.data.text.examples import Example, read_examples, split_examples, split_numbers
-    from colledge.data.text.files import find_files
+    from colledge.data.text.reading.examples import Example, read_examples, split_examples, split_numbers
+    from colledge.data.text.reading.files import find_files
     from colledge.data.text.rows import IGNORED_LABEL, Rows, Stream, make_rows, rows_of
     from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
     from colledge.data.text.store import stored_tokens
@@ -61,8 +61,8 @@ _MODULES = (
     "labelled",
     "partition",
     "sampler",
-    "text.examples",
-    "text.files",
+    "text.reading.examples",
+    "text.reading.files",
     "text.rows",
     "text.source",
     "text.store",

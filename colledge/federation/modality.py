@@ -12,7 +12,7 @@ from pydantic import JsonValue
 from colledge.data.image_files import Split
 from colledge.data.images import ImageSettings, image_settings, load_images
 from colledge.data.labelled import Labelled
-from colledge.data.text.examples import split_examples
+from colledge.data.text.reading.examples import split_examples
 from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
 from colledge.data.text.tokenizer import vocabulary_digest
 from colledge.data.text.tokens import Tokenizer

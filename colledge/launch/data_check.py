@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.text import Text
 
 from colledge.data import Example, Tokenizer, Tokens, tokenize
-from colledge.data.text.examples import Kind, Noticed, iterate_examples
-from colledge.data.text.files import find_files
+from colledge.data.text.reading.examples import Kind, Noticed, iterate_examples
+from colledge.data.text.reading.files import find_files
 from colledge.errors import DataError
 from colledge.settings import LossOn
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from colledge.data import read_examples, tokenize
-from colledge.data.text.examples import Noticed
+from colledge.data.text.reading.examples import Noticed
 from colledge.errors import DataError, ModelError
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

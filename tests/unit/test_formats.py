@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from colledge.data import Example, find_files, read_examples
-from colledge.data.text.examples import Noticed
+from colledge.data.text.reading.examples import Noticed
 from colledge.errors import DataError
 from colledge.launch.run_config import load_run
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from colledge.data import Example, load_tokenizer, read_examples, tokenize
-from colledge.data.text.examples import iterate_examples
+from colledge.data.text.reading.examples import iterate_examples
 from colledge.data.text.rows import joined
 from colledge.errors import DataError, ModelError
 
@@ -100,7 +100,7 @@ def test_a_long_file_is_read_in_parts_and_learnt_as_one_document(
     tokenizer, document = bpe("gpt2"), "\ufeff" + text(random.Random(2), 30_000)
     path = tmp_path / "book.txt"
     path.write_text(document, encoding="utf-8")
-    monkeypatch.setattr("colledge.data.text.examples._PART_BYTES", part_bytes)
+    monkeypatch.setattr("colledge.data.text.reading.parts._PART_BYTES", part_bytes)
     document = document.removeprefix("\ufeff")
     assert [one.parts[0][1] for one in read_examples(path)] == [document]
     examples = list(iterate_examples([path, path]))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from colledge.data.batch import Batch
-from colledge.data.text.examples import Example
+from colledge.data.text.reading.examples import Example
 from colledge.data.text.tokens import Tokenizer, Tokens, end_of, tokenize
 from colledge.errors import DataError
 from colledge.settings import LossOn

@@ -8,8 +8,8 @@ import torch
 from pydantic import Field
 
 from colledge.data.labelled import Labelled
-from colledge.data.text.examples import Example, read_examples
-from colledge.data.text.files import find_files
+from colledge.data.text.reading.examples import Example, read_examples
+from colledge.data.text.reading.files import find_files
 from colledge.data.text.rows import make_rows
 from colledge.data.text.tokenizer import BYTES, ByteTokenizer, load_tokenizer
 from colledge.data.text.tokens import Tokenizer

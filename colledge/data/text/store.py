@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from pydantic import Field
 
-from colledge.data.text.examples import Noticed, check_name, iterate_examples, unreadable
+from colledge.data.text.reading.examples import Noticed, check_name, iterate_examples, unreadable
 from colledge.data.text.rows import Stream
 from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
 from colledge.errors import ColledgeError, DataError

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from colledge.data.text.chats import Chat, ChatTokenizer, render
-from colledge.data.text.examples import Example, Noticed, OnFault, check_columns, stop_at_fault
+from colledge.data.text.chats.rendering import Chat, ChatTokenizer, render
+from colledge.data.text.chats.templates import Message, Span
 from colledge.data.text.pieces import PIECE_CHARS, PLAIN, Ids, Placed, place, place_in_pieces
-from colledge.data.text.templates import Message, Span
+from colledge.data.text.reading.examples import Example, Noticed, OnFault, check_columns, stop_at_fault
 from colledge.errors import DataError, ModelError
 from colledge.settings import LossOn
 

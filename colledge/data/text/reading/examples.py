@@ -22,17 +22,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from colledge.data.text.encodings import UTF8_MARK, check_beginning, check_zeros, decode
-from colledge.data.text.files import SUFFIXES
-from colledge.data.text.formats import PROMPTED, SHAPES, canonical
-from colledge.data.text.losses import MEANT
+from colledge.data.text.chats.losses import MEANT
+from colledge.data.text.reading.encodings import UTF8_MARK, check_beginning, decode
+from colledge.data.text.reading.files import SUFFIXES
+from colledge.data.text.reading.formats import PROMPTED, SHAPES, canonical
+from colledge.data.text.reading.parts import entries_of, parts_of
 from colledge.errors import ColledgeError, DataError
 from colledge.records import kind_of
 
 Kind = Literal["text", "completion", "chat"]
 
 _BEGINNING_BYTES = 1 << 12
-_PART_BYTES = 1 << 20  # of a .txt that are read at a time
 _CURES = {
     **dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it first."),
     **dict.fromkeys(
@@ -228,46 +228,20 @@ def _entries(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
         case ".parquet":
             yield from _parquet_rows(path)
         case ".json":
-            fix = "write a list of objects; a file of one object a line is called .jsonl."
-            value = _parse(decode(path, _whole(path)), str(path), fix)
-            if not isinstance(value, list):
-                raise DataError(
-                    f"{path}: saw {kind_of(value)}, wanted a list of objects.",
-                    fix=f"write [{{...}}, ...], each {SHAPES}.",
-                )
-            yield from ((f"{path}, entry {number}", entry) for number, entry in enumerate(value, start=1))
+            fix = f"write [{{...}}, ...], each {SHAPES}; a file of one object a line is called .jsonl."
+            for number, entry in enumerate(entries_of(path, fix), start=1):
+                yield f"{path}, entry {number}", entry
         case _:
             yield from _json_lines(path, on_fault)
 
 
 def _document(path: Path, noticed: Noticed) -> Iterator[Example]:
     """Yield the text of a file as one example, or as several that go on."""
-    line, rest = 1, b""
-    with path.open("rb") as file:
-        part = check_beginning(path, file.read(_PART_BYTES))
-        if not part:
-            noticed.empty += 1
-        while part:
-            following = file.read(_PART_BYTES)
-            content = rest + check_zeros(path, part, line)
-            whole = len(content) - (_unfinished(content) if following else 0)
-            text = decode(path, content[:whole], line)
-            yield Example(str(path), "text", (("text", text),), goes_on=bool(following))
-            line, rest, part = line + text.count("\n"), content[whole:], following
-
-
-def _unfinished(content: bytes) -> int:
-    """Return how many bytes at the end of UTF-8 are a character's first ones, of which more are to come."""
-    for count in range(1, min(4, len(content) + 1)):
-        if content[-count] >= 0xC0:
-            return count if content[-count] >= (0xC0, 0xE0, 0xF0)[count - 1] else 0
-        if content[-count] < 0x80:
-            break
-    return 0
-
-
-def _whole(path: Path) -> bytes:
-    return check_beginning(path, path.read_bytes())
+    empty = True
+    for part in parts_of(path):
+        empty = False
+        yield Example(str(path), "text", (("text", part.text),), goes_on=part.goes_on)
+    noticed.empty += empty
 
 
 def _json_lines(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from colledge.data.text.templates import REASONING, Marked, Message, mark_text
+from colledge.data.text.chats.templates import REASONING, Marked, Message, mark_text
 
 # Columns that hold something to learn from.
 MEANT = frozenset(

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from colledge.data.text.losses import Texts, unread_names
-from colledge.data.text.templates import Marked, Message, Span, names_read, run_with_marks
+from colledge.data.text.chats.losses import Texts, unread_names
+from colledge.data.text.chats.templates import Marked, Message, Span, names_read, run_with_marks
 from colledge.errors import DataError, ModelError
 
 ASSISTANT = "assistant"

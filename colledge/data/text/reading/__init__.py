@@ -1,0 +1,1 @@
+"""Files of text to examples: found, decoded, parsed, and read as what they are."""
