@@ -349,6 +349,18 @@ def test_a_chat_may_begin_with_the_assistant(tokenizer: Any, tmp_path: Path) -> 
     assert text == "<|assistant|>[hello<|end|>]"
 
 
+def test_where_nothing_prompts_an_answer_what_is_learnt_with_it_is_said(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    headed = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    for template, learnt, said in ((headed, "[<|assistant|>four <|end|>]", 1), (PLAIN, "[four <|end|>]", 0)):
+        seen = Noticed()
+        (text,) = marked(tmp_path, tokenizer, template, {"messages": CHATS[1]}, seen=seen)
+        assert text.endswith(learnt)
+        assert seen.unprompted == said
+        assert ("writes nothing to prompt an answer" in " ".join(seen.sentences())) == bool(said)
+
+
 @pytest.mark.parametrize(
     ("template", "why"),
     [
@@ -463,11 +475,7 @@ def test_templates_that_hide_who_speaks_are_learnt_right_or_refused(tokenizer: A
     [
         ("{% if m.tool_calls %}calls{% endif %}", {"tool_calls": "weather"}, "'tool_calls' of messages[1]"),
         (
-            (
-                "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}",
-                {"tool_calls": "weather"},
-                "'tool_calls'",
-            ),
+            "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}",
             {"tool_calls": "weather"},
             "'tool_calls' of messages[1]",
         ),

@@ -59,6 +59,18 @@ def test_text_of_a_folder_is_packed_in_the_order_of_its_paths(tmp_path: Path) ->
     assert set(data.inputs) == {"input_ids"}
 
 
+def test_what_of_a_folder_is_not_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = text_folder(tmp_path)
+    (folder / "d.jsonl").write_text('{"text": "more", "score": 3}\n{"text": ""}\n')
+    (folder / "linked").symlink_to(folder / "b")
+    load_text(folder, ByteTokenizer(), 8)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: not read: 1 .py file(s) and 1 linked folder(s).",
+        f"{folder}: Keys that are not read: score (1).",
+        f"{folder}: 1 example(s) hold no text and were left out.",
+    ]
+
+
 def test_text_of_a_file_gives_the_rows_of_training(tmp_path: Path) -> None:
     path = text_folder(tmp_path) / "a.txt"
     rows = make_rows(read_examples(path), ByteTokenizer(), 5)

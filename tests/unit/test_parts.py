@@ -52,19 +52,24 @@ def test_a_damaged_list_is_refused_where_the_library_refuses_it(
         chance = random.Random(seed)
         content = json.dumps([made(chance) for _ in range(1, 6)], indent=chance.choice((None, 1)))
         at = chance.randrange(len(content))
-        damaged = (content[:at], content[:at] + content[at + 1 :], content[:at] + "}" + content[at:])[seed % 3]
+        damaged = (content[:at], content[:at] + content[at + 1 :], content[:at] + "}" + content[at:])[
+            seed % 3
+        ]
         path.write_text(damaged, encoding="utf-8")
+        fault: json.JSONDecodeError | None = None
         try:
             wanted = json.loads(damaged)
-        except json.JSONDecodeError as fault:
-            refused += 1
-            with pytest.raises(DataError) as found:
-                list(entries_of(path, ""))
-            said = re.search(r"line (\d+) column (\d+)", found.value.message)
-            assert said, found.value.message
-            assert abs(int(said[1]) - fault.lineno) <= 1  # newer libraries name the comma, not what follows it
-        else:
+        except json.JSONDecodeError as found:
+            fault = found
+        if fault is None:
             assert list(entries_of(path, "")) == wanted
+            continue
+        refused += 1
+        with pytest.raises(DataError) as ours:
+            list(entries_of(path, ""))
+        said = re.search(r"line (\d+) column (\d+)", ours.value.message)
+        assert said, ours.value.message
+        assert abs(int(said[1]) - fault.lineno) <= 1  # newer libraries name the comma, not what follows it
     assert refused > 150
 
 

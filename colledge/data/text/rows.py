@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from colledge.data.batch import Batch
-from colledge.data.text.reading.examples import Example
+from colledge.data.text.reading.examples import Example, Noticed
 from colledge.data.text.tokens import Tokenizer, Tokens, end_of, tokenize
 from colledge.errors import DataError
 from colledge.settings import LossOn
@@ -153,6 +153,7 @@ def make_rows(
     *,
     packing: bool = True,
     loss_on: LossOn = "all",
+    noticed: Noticed | None = None,
 ) -> Rows:
     """Return examples as rows, in memory.
 
@@ -162,12 +163,13 @@ def make_rows(
         sequence_length: Tokens a row.
         packing: Join examples; else each has a row of its own, padded or cut.
         loss_on: What the loss counts.
+        noticed: What is noticed is added to it.
 
     Raises:
         DataError: An example cannot be rendered, or there is nothing to learn in any of them.
         ModelError: The tokenizer lacks what the examples need.
     """
-    stream = joined(tokenize(examples, tokenizer, loss_on))
+    stream = joined(tokenize(examples, tokenizer, loss_on, noticed=noticed))
     return rows_of(stream, sequence_length, end_of(tokenizer), packing=packing)
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 from pydantic import Field
 
 from colledge.data.labelled import Labelled
-from colledge.data.text.reading.examples import Example, read_examples
+from colledge.data.text.reading.examples import Example, Noticed, read_examples
 from colledge.data.text.reading.files import find_files
 from colledge.data.text.rows import make_rows
 from colledge.data.text.tokenizer import BYTES, ByteTokenizer, load_tokenizer
 from colledge.data.text.tokens import Tokenizer
 from colledge.errors import DataError
 from colledge.records import Record
+
+_log = logging.getLogger("colledge.data")
 
 
 class TextSettings(Record):
@@ -61,8 +64,10 @@ def read_texts(source: Path) -> list[Example]:
     Raises:
         DataError: There is no such file, or one cannot be read.
     """
-    found = find_files([source])
-    return [example for path in found.files for example in read_examples(path)]
+    found, noticed = find_files([source]), Noticed()
+    examples = [example for path in found.files for example in read_examples(path, noticed=noticed)]
+    _tell(source, found.left_out, noticed)
+    return examples
 
 
 def text_rows(examples: list[Example], tokenizer: Tokenizer, sequence_length: int, where: str) -> Labelled:
@@ -82,10 +87,17 @@ def text_rows(examples: list[Example], tokenizer: Tokenizer, sequence_length: in
         DataError: There is nothing to learn.
         ModelError: The tokenizer lacks what the examples need.
     """
+    noticed = Noticed()
     try:
-        rows = make_rows(examples, tokenizer, sequence_length)
+        rows = make_rows(examples, tokenizer, sequence_length, noticed=noticed)
     except DataError as fault:
         raise DataError(f"{where}: {fault.message}", fix=fault.fix) from None
+    _tell(where, (), noticed)
     batch = rows.batch(torch.arange(rows.num_rows))
     # No attention mask: padding ends the last row, where nothing before it looks, and the loss does not count it.
     return Labelled({"input_ids": batch.inputs["input_ids"]}, batch.targets["labels"], len(tokenizer))
+
+
+def _tell(where: Path | str, left_out: tuple[str, ...], noticed: Noticed) -> None:
+    for sentence in (*left_out, *(f"{where}: {said}" for said in noticed.sentences())):
+        _log.warning(sentence)

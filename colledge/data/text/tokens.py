@@ -160,6 +160,7 @@ def _text(
     rendered = render(chat, tokenizer, answers=loss_on == "answers")
     check_columns(rendered.left, example.where, noticed)
     noticed.unread.update(f"messages' {key}" for key in rendered.unread)
+    noticed.unprompted += rendered.unprompted
     return rendered.text, None if rendered.answers is None else list(rendered.answers)
 
 

@@ -75,12 +75,14 @@ class Rendered:
         answers: Where the answers stand that are to be learnt; None where they were not asked for.
         unread: Keys of messages that the template left out, and that only name things.
         left: The columns that the template does not read.
+        unprompted: Whether the template has nothing before an answer but what belongs to it: with it that is learnt.
     """
 
     text: str
     answers: tuple[Span, ...] | None
     unread: tuple[str, ...]
     left: Mapping[str, Any]
+    unprompted: bool = False
 
 
 class _Lost(DataError):
@@ -158,7 +160,9 @@ def render(chat: Chat, tokenizer: ChatTokenizer, *, answers: bool) -> Rendered:
             continue
         unread = unread_names(messages, marked.read)
         spans = tuple(_answers(messages, learnt, writing, marked, owned, text)) if answers else None
-        return Rendered(text, spans, unread, left)
+        return Rendered(
+            text, spans, unread, left, bool(spans) and _is_unprompted(messages, writing, text, spans)
+        )
     assert fault is not None
     raise fault
 
@@ -329,6 +333,20 @@ def _answers(
             )
         ]
     return [_between(chat, number, writing, text) for number in sorted(wanted)]
+
+
+def _is_unprompted(
+    chat: Sequence[Message], writing: _Writing, text: str, spans: Sequence[Span] | None
+) -> bool:
+    """Return whether what is learnt of the first answer begins with what a template writes before every answer."""
+    if not spans or _GENERATION.search(writing.template):
+        return False
+    first = next(number for number, message in enumerate(chat) if message["role"] == ASSISTANT)
+    said = chat[first].get("content")
+    learnt = text[slice(*spans[0])].lstrip()
+    return (
+        isinstance(said, str) and not learnt.startswith(said.strip()) and not _prompt(chat[:first], writing)
+    )
 
 
 def _without_unlearnt(marked: Marked, left: set[int], where: str) -> list[Span]:

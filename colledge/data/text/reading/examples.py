@@ -69,11 +69,12 @@ class Example:
 
 @dataclass
 class Noticed:
-    """What a reader of files should hear once a file: formats, keys that nobody reads, rows of nothing."""
+    """What a reader of files should hear once: formats, keys that nobody reads, rows of nothing, and what is learnt."""
 
     read_as: Counter[str] = field(default_factory=Counter)
     unread: Counter[str] = field(default_factory=Counter)
     empty: int = 0
+    unprompted: int = 0
 
     def sentences(self) -> list[str]:
         """Return it in words."""
@@ -83,6 +84,11 @@ class Noticed:
             said.append(f"Keys that are not read: {keys}.")
         if self.empty:
             said.append(f"{self.empty:,} example(s) hold no text and were left out.")
+        if self.unprompted:
+            said.append(
+                f"{self.unprompted:,} chat(s): the chat template writes nothing to prompt an answer, so what it writes "
+                "before one is learnt with it."
+            )
         return said
 
 

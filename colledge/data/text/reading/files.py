@@ -50,20 +50,24 @@ def find_files(sources: Iterable[Path]) -> Found:
 
 
 def _below(folder: Path) -> tuple[list[Path], str | None]:
-    inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    paths = sorted(folder.rglob("*"))
+    inside = [path for path in paths if path.is_file()]
+    linked = sum(path.is_symlink() and path.is_dir() for path in paths)
     seen = [path for path in inside if not _is_hidden(path.relative_to(folder))]
     files = [path for path in seen if path.suffix.lower() in SUFFIXES]
     read = set(files)
     counts = Counter(path.suffix.lower() or "without a suffix" for path in seen if path not in read)
-    said = [f"{count} {suffix}" for suffix, count in sorted(counts.items())]
-    said += [f"{len(inside) - len(seen)} hidden"] if len(seen) < len(inside) else []
+    kinds = [f"{count} {suffix}" for suffix, count in sorted(counts.items())]
+    kinds += [f"{len(inside) - len(seen)} hidden"] if len(seen) < len(inside) else []
+    said = f"{', '.join(kinds)} file(s)" if kinds else ""
+    said += " and " * bool(kinds and linked) + (f"{linked} linked folder(s)" if linked else "")
     if not files:
-        others = f" ({', '.join(said)})" if said else ""
+        others = f" (but {said})" if said else ""
         raise DataError(
             f"{folder}: holds no file of {', '.join(SUFFIXES)}{others}.",
             fix="give a folder with text in such files.",
         )
-    return files, f"{folder}: not read: {', '.join(said)} file(s)." if said else None
+    return files, f"{folder}: not read: {said}." if said else None
 
 
 def _is_hidden(path: Path) -> bool:
