@@ -224,7 +224,7 @@ def test_folders_patterns_and_lists_are_files_and_what_is_left_out_is_said(tmp_p
         find_files([tmp_path / "data" / "b.jsonl", tmp_path / "data"])
     with pytest.raises(DataError, match="no file is called so"):
         find_files([tmp_path / "data" / "*.parquet"])
-    with pytest.raises(DataError, match=r"holds no file of \.jsonl.* \(1 hidden\)"):
+    with pytest.raises(DataError, match=r"holds no file of \.jsonl.* \(but 1 hidden file\(s\)\)"):
         find_files([_hidden_only(tmp_path)])
 
 
