@@ -82,10 +82,7 @@ class HuggingFaceCausalLM:
     ) -> None:
         values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
         try:
-            whole = AutoConfig.for_model(**values).to_dict()  # dropout would depend on the plan
-            values |= {
-                name: 0.0 for name, value in whole.items() if "drop" in name and isinstance(value, float)
-            }
+            values = _without_dropout(values, AutoConfig.for_model(**values).to_dict())
             self._config = AutoConfig.for_model(**values)
         except _BAD_CONFIGURATION as fault:
             raise ModelError(
@@ -376,6 +373,22 @@ class HuggingFaceCausalLM:
         parameters = model.named_parameters(remove_duplicate=False)
         named = ((plain_name(name), parameter) for name, parameter in parameters)
         return stage, {name: parameter for name, parameter in named if name in self._shapes}
+
+
+def _without_dropout(values: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without dropout, which would depend on the plan, in any of its parts.
+
+    Args:
+        values: What is said.
+        whole: That and the library's defaults.
+    """
+    none: dict[str, Any] = {}
+    for name, value in whole.items():
+        if "drop" in str(name) and isinstance(value, float):  # labels have numbers for names
+            none[name] = 0.0
+        elif isinstance(value, dict) and isinstance(values.get(name, {}), dict):
+            none[name] = _without_dropout(values.get(name, {}), value)
+    return values | {name: value for name, value in none.items() if value != {}}
 
 
 def freeze_buffers(model: nn.Module) -> None:
