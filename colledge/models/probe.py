@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from itertools import pairwise
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from colledge.models.huggingface import HuggingFaceCausalLM
 
 _SHARD_TOLERANCE = 1e-10  # of float64, relative: a sum in parts rounds otherwise than the whole one
+_NEEDED = {"block.0": "token ids or what is made of them", "head": "what embedding or blocks hold"}
 _FIX = "use a model whose blocks pass on nothing but hidden states, such as Llama, Qwen3, Gemma 3 or GPT-2."
 
 _NOT_MADE = (
@@ -87,7 +89,8 @@ def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Mod
 
 
 def _line(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    said = getattr(fault, "message", f"{type(fault).__name__}: {fault}")
+    return shorten(said, 200, placeholder=" ...").rstrip(".")
 
 
 # -- the small copy ------------------------------------------------------------------------------------------------
@@ -149,6 +152,8 @@ def _check_stages(
     changed = [name for name, weight in _weights(whole).items() if not torch.equal(weight, before[name])]
     if changed:
         raise _differs(model, f"{changed[0]} changes as the model runs")
+    if len(boundaries) != len(model.layer_names) - 1:
+        raise _differs(model, "text alone does not run each of its blocks, or runs one more than once")
     whole.zero_grad()
     torch.autograd.backward(logits.square().sum())
     x = _ids(model)
@@ -157,9 +162,15 @@ def _check_stages(
         try:
             x = stage(x, context)
         except Exception as fault:  # whatever the library raises, the cut is what made it do so
-            raise _differs(model, f"{layer} alone does not run ({_line(fault)})") from None
+            more = _NEEDED.get(layer, "what earlier blocks make")
+            raise _differs(
+                model, f"{layer} alone does not run; beside hidden states it needs {more} ({_line(fault)})"
+            ) from None
         if not torch.equal(x, wanted):
-            raise _differs(model, f"{layer} alone does not give what it gives in the whole model")
+            if not torch.equal(_boundaries(model, whole, context)[1], logits):
+                raise _differs(model, "it draws random numbers as it runs, so that no two runs are alike")
+            seen = f"{layer} alone does not give what it gives in the whole model"
+            raise _differs(model, f"{seen}, where something beside hidden states comes to it")
     torch.autograd.backward(x.square().sum())
     gradients: dict[str, Tensor] = {}
     unreached: set[str] = set()

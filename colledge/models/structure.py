@@ -15,12 +15,13 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from colledge.errors import ModelError
 
@@ -244,16 +245,12 @@ def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[s
             finally:
                 for hook in hooks:
                     hook.remove()
-            with suppress(
-                GuardOnDataDependentSymNode
-            ):  # then hidden states only, until the probe sees otherwise
+            with suppress(RuntimeError):  # of values: hidden states only, until the probe sees otherwise
                 output = first(*block.positional, **block.kwargs)
                 block.num_outputs = None if isinstance(output, Tensor) else len(output)
     except ModelError:
         raise
     except Exception as fault:
-        line = " ".join(str(fault).split())
-        raise _refusal(
-            model, f"its forward does not run without values ({type(fault).__name__}: {line[:200]})"
-        ) from None
+        line = shorten(f"{type(fault).__name__}: {fault}", 200, placeholder=" ...")
+        raise _refusal(model, f"its forward does not run without values ({line})") from None
     return called, block
