@@ -5,8 +5,8 @@
 
 Each type is taken with the configuration that transformers has for it; a small copy with random weights is cut after
 every layer, and its shards are summed, as for a model that is opened (colledge/models/probe.py): every boundary and
-gradient must be the library's, bit for bit. Where transformers' own defaults make no model, sizes that they leave open
-are filled in.
+gradient must be the library's, bit for bit. Where transformers' own defaults make no model, or one that its kernels do
+not take, sizes that they leave open are filled in, and experts' widths are rounded up.
 """
 
 from __future__ import annotations
@@ -107,6 +107,9 @@ def _fill(config: Any) -> None:
     for name, value in left_open.items():
         if getattr(config, name, value) is None:
             setattr(config, name, value)
+    for name, value in config.to_dict().items():
+        if name.endswith("moe_intermediate_size") and isinstance(value, int):
+            setattr(config, name, -(-value // 16) * 16)  # the library's product of experts takes no others
 
 
 def _line(fault: Exception) -> str:
@@ -167,6 +170,8 @@ def page(found: dict[str, str]) -> str:
         "exactly: a small copy with random weights, cut after every layer, gives the library's boundaries and "
         "gradients bit for bit. Of the others the table says why not: most are refused when a "
         "model is opened, before any device starts. "
+        "Each type has its default configuration; sizes that this leaves open are filled in, and widths of experts "
+        "that the library's kernels do not take are rounded up. "
         "Types of which transformers itself makes no model here are not counted: they are listed apart. "
         "`make model-types` writes this page.",
         "",

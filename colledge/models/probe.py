@@ -82,7 +82,10 @@ def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Mod
         except _NOT_MADE as fault:
             why = _line(fault)
             continue
-        if _parameter_names(small) == _parameter_names(model)[: len(small.layer_names) - 2]:
+        enough = len(small.layer_names) >= min(
+            len(model.layer_names), 4
+        )  # for something to pass between blocks
+        if enough and _parameter_names(small) == _parameter_names(model)[: len(small.layer_names) - 2]:
             return small, whole
     kind = model.config.model_type
     raise ModelError(f"no small copy of this {kind!r} can be made to try its cuts on ({why}).")

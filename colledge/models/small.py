@@ -88,7 +88,9 @@ def _small_text(text: Any, model: HuggingFaceCausalLM, widths: str) -> dict[str,
     heads_name = names.get("num_attention_heads", "num_attention_heads")
     small = config | {name: value[:num_blocks] for name, value in lists.items()}
     small |= {n: {k: v for k, v in value.items() if int(k) < num_blocks} for n, value in by_block.items()}
-    small[names.get("num_hidden_layers", "num_hidden_layers")] = num_blocks
+    depth_name = names.get("num_hidden_layers", "num_hidden_layers")
+    sublayers = max(getattr(text, depth_name, depth) // depth, 1)  # some count the parts of a block
+    small[depth_name] = num_blocks * sublayers
     small |= {name: num_blocks for name in _DEPTHS if config.get(name) == depth}
     hidden_name = names.get("hidden_size", "hidden_size")
     heads, few = _fewer_heads(config, heads_name, hidden_name, widths)

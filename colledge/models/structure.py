@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from colledge.errors import ModelError
 
@@ -245,7 +245,8 @@ def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[s
             finally:
                 for hook in hooks:
                     hook.remove()
-            with suppress(RuntimeError):  # of values: hidden states only, until the probe sees otherwise
+            # Of values: it gives hidden states only, until the probe sees otherwise.
+            with suppress(GuardOnDataDependentSymNode):
                 output = first(*block.positional, **block.kwargs)
                 block.num_outputs = None if isinstance(output, Tensor) else len(output)
     except ModelError:
