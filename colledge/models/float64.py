@@ -21,7 +21,7 @@ class _NoRounding(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.tensor and args and isinstance(args[0], float):
+        if func in (torch.tensor, torch.full) and args and isinstance(args[-1], float):
             kwargs.setdefault("dtype", torch.float64)  # such as the smallest number that there is
         if args and isinstance(args[0], Tensor) and args[0].dtype is torch.float64:
             if func is Tensor.float:

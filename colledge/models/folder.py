@@ -94,9 +94,14 @@ def _other_kind(config: dict[str, Any], kind: str) -> str | None:
     for suffix, what in _OTHER_HEADS.items():
         if any(name.endswith(suffix) for name in architectures):
             return f"{what} ({', '.join(architectures)})"
-    if kind in _SEQ2SEQ:
+    default = CONFIG_MAPPING[kind]
+    two = True in (config.get("is_encoder_decoder"), getattr(default, "is_encoder_decoder", None))
+    if two or kind in _SEQ2SEQ - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         return f"an encoder-decoder ({kind})"
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and config.get("is_decoder") is not True:
+    if hasattr(default, "cross_attention_hidden_size"):
+        return f"the decoder of an encoder-decoder ({kind})"
+    other = hasattr(default, "add_cross_attention") and getattr(default, "is_decoder", None) is False
+    if (other or kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES) and config.get("is_decoder") is not True:
         return f"an encoder ({kind})"
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return f"no language model ({kind})"

@@ -37,7 +37,7 @@ from colledge.models.sharding import (
     shard_block,
     shard_head,
 )
-from colledge.models.stage import Stage
+from colledge.models.stage import OtherBlock, Stage
 from colledge.models.structure import find_structure, fix_positions
 from colledge.settings import LoraSettings, NarrowPrecision
 
@@ -82,10 +82,7 @@ class HuggingFaceCausalLM:
     ) -> None:
         values = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
         try:
-            whole = AutoConfig.for_model(**values).to_dict()  # dropout would depend on the plan
-            values |= {
-                name: 0.0 for name, value in whole.items() if "drop" in name and isinstance(value, float)
-            }
+            values = _without_dropout(values, AutoConfig.for_model(**values).to_dict())
             self._config = AutoConfig.for_model(**values)
         except _BAD_CONFIGURATION as fault:
             raise ModelError(
@@ -374,7 +371,24 @@ class HuggingFaceCausalLM:
         _materialise(model, dtype)
         fix_positions(model)
         parameters = model.named_parameters(remove_duplicate=False)
-        return stage, {plain_name(name): parameter for name, parameter in parameters}
+        named = ((plain_name(name), parameter) for name, parameter in parameters)
+        return stage, {name: parameter for name, parameter in named if name in self._shapes}
+
+
+def _without_dropout(values: dict[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without dropout, which would depend on the plan, in any of its parts.
+
+    Args:
+        values: What is said.
+        whole: That and the library's defaults.
+    """
+    none: dict[str, Any] = {}
+    for name, value in whole.items():
+        if "drop" in str(name) and isinstance(value, float):  # labels have numbers for names
+            none[name] = 0.0
+        elif isinstance(value, dict) and isinstance(values.get(name, {}), dict):
+            none[name] = _without_dropout(values.get(name, {}), value)
+    return values | {name: value for name, value in none.items() if value != {}}
 
 
 def freeze_buffers(model: nn.Module) -> None:
@@ -420,24 +434,43 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
         ModelError: A constant is not one that the library computes for a model made without values.
     """
     fresh: dict[int, nn.Parameter] = {}
-    for path, module in list(model.named_modules()):
+    for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in fresh:
                 values = torch.empty_like(parameter, device="cpu")
                 fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
                 fresh[id(parameter)]._is_hf_initialized = True  # type: ignore[attr-defined] # to be left alone
             setattr(module, name, fresh[id(parameter)])
-        with unset_fake_temporarily():  # constants are small, and have values even where parameters have none
-            unset = _compute_constants(model, module, dtype)
-        if unset:
+    with unset_fake_temporarily():  # constants are small, and have values even where parameters have none
+        for module in list(model.modules()):
+            _compute_constants(model, module, dtype)
+        if any(map(_not_computed, model.modules())):
+            _initialise_around_blocks(model, dtype)
+    for path, module in model.named_modules():
+        if unset := _not_computed(module):
             raise ModelError(
                 f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}.",
                 fix="use another model, or look at its config.json.",
             )
 
 
-def _compute_constants(model: nn.Module, module: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Have the library compute a module's own buffers, as in a model of this dtype; return those it did not."""
+def _initialise_around_blocks(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have the library initialise the modules that hold lists of blocks: some set constants of the blocks."""
+    from transformers.modeling_utils import local_torch_dtype  # as below
+
+    for outer in list(model.modules()):
+        lists = {n: child for n, child in outer.named_children() if isinstance(child, nn.ModuleList)}
+        for name, blocks in lists.items():
+            setattr(outer, name, nn.ModuleList(b for b in blocks if not isinstance(b, OtherBlock)))
+        if lists:
+            with local_torch_dtype(dtype):
+                model._init_weights(outer)  # type: ignore[operator]
+        for name, blocks in lists.items():
+            setattr(outer, name, blocks)
+
+
+def _compute_constants(model: nn.Module, module: nn.Module, dtype: torch.dtype) -> None:
+    """Have the library compute a module's own buffers, as in a model of this dtype."""
     from transformers.modeling_utils import (
         local_torch_dtype,
     )  # a second to import, too long before a worker joins
@@ -449,10 +482,10 @@ def _compute_constants(model: nn.Module, module: nn.Module, dtype: torch.dtype) 
     if buffers:
         with local_torch_dtype(dtype):
             model._init_weights(module)  # type: ignore[operator]
-    constants = [(name, module.get_buffer(name)) for name, _ in buffers]
-    not_computed = [
-        n for n, c in constants if bool((c.isnan() if c.is_floating_point() else c == -128).any())
-    ]
-    return not_computed + [
-        n for n, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta
-    ]
+
+
+def _not_computed(module: nn.Module) -> list[str]:
+    """Return a module's own constants that the library has not computed."""
+    buffers = module.named_buffers(recurse=False)
+    unset = [n for n, c in buffers if bool((c.isnan() if c.is_floating_point() else c == -128).any())]
+    return unset + [n for n, value in vars(module).items() if isinstance(value, Tensor) and value.is_meta]

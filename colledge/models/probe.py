@@ -10,9 +10,9 @@ the library's own model gives, bit for bit. Where blocks can be sharded, the sha
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -21,23 +21,14 @@ from transformers import AutoModelForCausalLM
 
 from colledge.errors import ModelError
 from colledge.models.float64 import keep_float64
+from colledge.models.small import small_configs, unnumbered
 from colledge.models.structure import hidden_states
 
 if TYPE_CHECKING:
     from colledge.models.huggingface import HuggingFaceCausalLM
 
-_VOCABULARY, _MLP_WIDTH, _MLP_WIDTHS = 64, 48, ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner")
-_HEAD_SHARE = 16  # of the hidden size, where heads have a width of their own
-_KV_HEADS = ("num_kv_heads", "num_key_value_heads")
-_MIXER_HEADS = (
-    "mamba_n_heads",
-    "mamba_num_heads",
-    "n_mamba_heads",
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-)
-_DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers", "num_global_layers")
 _SHARD_TOLERANCE = 1e-10  # of float64, relative: a sum in parts rounds otherwise than the whole one
+_NEEDED = {"block.0": "token ids or what is made of them", "head": "what embedding or blocks hold"}
 _FIX = "use a model whose blocks pass on nothing but hidden states, such as Llama, Qwen3, Gemma 3 or GPT-2."
 
 _NOT_MADE = (
@@ -71,9 +62,9 @@ def check_parts(model: HuggingFaceCausalLM) -> frozenset[str]:
         unreached = _check_stages(small, whole, stages, context)
     if small.shard_units > 1:
         _check_shards(small)
-    patterns = {_unnumbered(name) for name in unreached}
+    patterns = {unnumbered(name) for name in unreached}
     names = (name for index in range(len(model.layer_names)) for name in model.layer_parameters(index))
-    return frozenset(name for name in names if _unnumbered(name) in patterns)
+    return frozenset(name for name in names if unnumbered(name) in patterns)
 
 
 def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Module]:
@@ -83,7 +74,7 @@ def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Mod
         ModelError: None can be made.
     """
     why = "it has other parameters than the model"
-    for config in _small_configs(model):
+    for config in small_configs(model):
         try:
             small = type(model)(config)
             whole = _whole(small, torch.float32)
@@ -91,14 +82,18 @@ def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Mod
         except _NOT_MADE as fault:
             why = _line(fault)
             continue
-        if _parameter_names(small) == _parameter_names(model)[: len(small.layer_names) - 2]:
+        enough = len(small.layer_names) >= min(
+            len(model.layer_names), 4
+        )  # for something to pass between blocks
+        if enough and _parameter_names(small) == _parameter_names(model)[: len(small.layer_names) - 2]:
             return small, whole
     kind = model.config.model_type
     raise ModelError(f"no small copy of this {kind!r} can be made to try its cuts on ({why}).")
 
 
 def _line(fault: Exception) -> str:
-    return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"
+    said = getattr(fault, "message", f"{type(fault).__name__}: {fault}")
+    return shorten(said, 200, placeholder=" ...").rstrip(".")
 
 
 # -- the small copy ------------------------------------------------------------------------------------------------
@@ -107,102 +102,7 @@ def _line(fault: Exception) -> str:
 def _parameter_names(model: HuggingFaceCausalLM) -> list[set[str]]:
     """Return the names of each block's parameters, without numbers: a block may have lists with an entry a head."""
     layers = (model.layer_parameters(index) for index in range(1, len(model.layer_names) - 1))
-    return [{_unnumbered(name) for name in parameters} for parameters in layers]
-
-
-def _unnumbered(name: str) -> str:
-    return re.sub(r"\d+", "", name)
-
-
-def _num_blocks(model: HuggingFaceCausalLM, lists: list[list[Any]]) -> int:
-    """Return so many blocks that every kind is among the first of them, and more; at least 3 if there are."""
-    kinds = []
-    for index in range(len(model.layer_names) - 2):
-        parameters = model.layer_parameters(index + 1).items()
-        shapes = frozenset((name.partition(f".{index}.")[2], shape) for name, shape in parameters)
-        kinds.append((shapes, *(str(values[index]) for values in lists)))
-    least = min(max(3, 2 + max(map(kinds.index, kinds))), len(kinds))
-    # Some libraries set the last block apart: the small copy ends with a block of its kind.
-    return next(number for number in range(least, len(kinds) + 1) if kinds[number - 1] == kinds[-1])
-
-
-def _small_configs(model: HuggingFaceCausalLM) -> Iterator[dict[str, Any]]:
-    """Yield configurations of small copies, smallest first; what is not known to be a size stays as it is.
-
-    A library checks sizes against each other, each model's in its own way: what one copy breaks, a larger one keeps.
-    """
-    config: dict[str, Any] = model.config.to_dict()
-    text = model.config.get_text_config()
-    whole = text is model.config
-    key = None if whole else next(name for name, value in vars(model.config).items() if value is text)
-    for widths in ("own", "few", "more", "all"):
-        small = _small_text(text, model, widths)
-        if key is not None:
-            small = {name: _shallow(value) for name, value in config.items() if name != key} | {key: small}
-        yield small
-
-
-def _small_text(text: Any, model: HuggingFaceCausalLM, widths: str) -> dict[str, Any]:
-    """Return the configuration of fewer blocks, and, but for `widths` "all", of fewer heads."""
-    config: dict[str, Any] = text.to_dict()
-    depth = len(model.layer_names) - 2
-    lists = {name: value for name, value in config.items() if isinstance(value, list) and len(value) == depth}
-    by_block = {name: value for name, value in config.items() if _is_by_block(value)}
-    chosen = [[_of_block(value, index) for index in range(depth)] for value in by_block.values()]
-    num_blocks = _num_blocks(model, [*lists.values(), *chosen])
-    names = getattr(text, "attribute_map", {})
-    heads_name = names.get("num_attention_heads", "num_attention_heads")
-    small = config | {name: value[:num_blocks] for name, value in lists.items()}
-    small |= {n: {k: v for k, v in value.items() if int(k) < num_blocks} for n, value in by_block.items()}
-    small[names.get("num_hidden_layers", "num_hidden_layers")] = num_blocks
-    heads, few = _fewer_heads(config, heads_name, widths)
-    for name, value in config.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            continue
-        if name.endswith(_MLP_WIDTHS):
-            small[name] = min(value, _MLP_WIDTH)
-        elif name.startswith("vocab_size"):
-            small[name] = min(value, _VOCABULARY)
-        elif name.endswith("_token_id"):
-            small[name] = 0
-        elif few == heads:
-            continue
-        elif name == heads_name:
-            small[name] = few
-        elif name in _KV_HEADS:
-            small[name] = min(value, few if widths == "more" else 2)
-        elif name in (names.get("hidden_size", "hidden_size"), "word_embed_proj_dim"):
-            own = widths == "own" and config.get("head_dim") is not None
-            small[name] = _HEAD_SHARE * few if own else value * few // heads
-        elif name in _MIXER_HEADS:
-            small[name] = max(1, value * few // heads)
-    return small
-
-
-def _fewer_heads(config: Mapping[str, Any], heads_name: str, widths: str) -> tuple[int, int]:
-    """Return how many heads there are, and how many a small copy has: some for two groups of keys and values."""
-    heads = config.get(heads_name)
-    if not isinstance(heads, int) or widths == "all":
-        return 1, 1
-    found = (config.get(name) for name in _KV_HEADS)
-    groups = next((value for value in found if isinstance(value, int) and value > 0), heads)
-    few = min(groups, 2) * min(max(heads // groups, 1), 2) * (4 if widths == "more" else 1)
-    return heads, min(few, heads)
-
-
-def _is_by_block(value: object) -> bool:
-    return isinstance(value, dict) and bool(value) and all(str(key).isdigit() for key in value)
-
-
-def _of_block(values: Mapping[Any, Any], index: int) -> Any:
-    return values.get(index, values.get(str(index)))
-
-
-def _shallow(value: Any) -> Any:
-    """Return the configuration of a tower that text never runs, with one layer."""
-    if not isinstance(value, dict):
-        return value
-    return value | {name: 1 for name in _DEPTHS if isinstance(value.get(name), int)}
+    return [{unnumbered(name) for name in parameters} for parameters in layers]
 
 
 def _whole(model: HuggingFaceCausalLM, dtype: torch.dtype) -> nn.Module:
@@ -255,6 +155,8 @@ def _check_stages(
     changed = [name for name, weight in _weights(whole).items() if not torch.equal(weight, before[name])]
     if changed:
         raise _differs(model, f"{changed[0]} changes as the model runs")
+    if len(boundaries) != len(model.layer_names) - 1:
+        raise _differs(model, "text alone does not run each of its blocks, or runs one more than once")
     whole.zero_grad()
     torch.autograd.backward(logits.square().sum())
     x = _ids(model)
@@ -263,9 +165,15 @@ def _check_stages(
         try:
             x = stage(x, context)
         except Exception as fault:  # whatever the library raises, the cut is what made it do so
-            raise _differs(model, f"{layer} alone does not run ({_line(fault)})") from None
+            more = _NEEDED.get(layer, "what earlier blocks make")
+            raise _differs(
+                model, f"{layer} alone does not run; beside hidden states it needs {more} ({_line(fault)})"
+            ) from None
         if not torch.equal(x, wanted):
-            raise _differs(model, f"{layer} alone does not give what it gives in the whole model")
+            if not torch.equal(_boundaries(model, whole, context)[1], logits):
+                raise _differs(model, "it draws random numbers as it runs, so that no two runs are alike")
+            seen = f"{layer} alone does not give what it gives in the whole model"
+            raise _differs(model, f"{seen}, where something beside hidden states comes to it")
     torch.autograd.backward(x.square().sum())
     gradients: dict[str, Tensor] = {}
     unreached: set[str] = set()

@@ -156,7 +156,14 @@ _MLPS = (  # column-parallel linears, then the row-parallel one
     ("c_fc", "c_proj"),
     ("dense_h_to_4h", "dense_4h_to_h"),
 )
-_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "split_size")
+_COUNTS = (
+    "num_heads",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_kv_heads",
+    "split_size",
+    "embed_dim",
+)
 
 
 def find_sharding(block: nn.Module) -> ShardedBlock | None:

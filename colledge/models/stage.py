@@ -33,7 +33,7 @@ class _Nothing(nn.Module):
         return next(passed, torch.zeros((), device=given[0].device if given else None))
 
 
-class _OtherBlock(nn.Module):
+class OtherBlock(nn.Module):
     """Stands in for another stage's block, whose settings the library may ask for; passes hidden states on."""
 
     def __init__(self, block: nn.Module, num_outputs: int | None) -> None:
@@ -51,6 +51,7 @@ class _OtherBlock(nn.Module):
         return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor | None, ...]:
+        """Return the hidden states, as the block would."""
         x = hidden_states(args, kwargs)
         return x if self._num_outputs is None else (x, *(None for _ in range(self._num_outputs - 1)))
 
@@ -92,7 +93,7 @@ class Stage(StageModule):
         kept = structure.blocks_of(layers)
         for index, block in enumerate(blocks):
             if index not in kept:
-                blocks[index] = _OtherBlock(block, structure.num_outputs)
+                blocks[index] = OtherBlock(block, structure.num_outputs)
         gone = (
             (() if self._first else structure.before)
             + (() if self._last else structure.after)
@@ -100,6 +101,7 @@ class Stage(StageModule):
         )
         for path in gone:
             causal_lm.set_submodule(path, _Nothing())
+        _keep_dtype(causal_lm, structure.blocks, dtype)
         if not self._first and kept.start < structure.num_blocks:
             blocks[kept.start].register_forward_pre_hook(self._enter_block, with_kwargs=True)
         elif not self._first:
@@ -154,3 +156,13 @@ class Stage(StageModule):
 
     def _leave_at_head(self, _block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         raise _End(output if isinstance(output, Tensor) else output[0])
+
+
+def _keep_dtype(causal_lm: nn.Module, blocks: str, dtype: torch.dtype) -> None:
+    """Give the modules around the blocks an empty parameter where they have none: the library asks for its type."""
+    names = blocks.split(".")
+    for depth in range(1, len(names)):
+        module = causal_lm.get_submodule(".".join(names[:depth]))
+        if next(module.parameters(), None) is None:
+            nothing = torch.empty(0, dtype=dtype, device="meta")
+            module.register_parameter("nothing", nn.Parameter(nothing, requires_grad=False))

@@ -13,12 +13,15 @@ What does not fit is refused, naming the modules. Whether the parts give the who
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from colledge.errors import ModelError
 
@@ -165,6 +168,12 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, int, set[str] | None]:
     return path, len(blocks), runs
 
 
+def _without_values() -> FakeTensorMode:
+    """Return a mode in which a forward runs on shapes alone, even where values give some, such as experts' shares."""
+    sizes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+
+
 def _runs(model: nn.Module) -> set[str] | None:
     """Return the modules that a forward of text runs; None where it cannot be run without values."""
     found: set[str] = set()
@@ -173,7 +182,7 @@ def _runs(model: nn.Module) -> set[str] | None:
         for path, module in model.named_modules()
     ]
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_values():
             model(input_ids=torch.zeros((2, 8), dtype=torch.long, device="meta"), use_cache=False)
     except Exception:  # whatever the library raises: the refusal then shows all lists
         return None
@@ -226,7 +235,7 @@ def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[s
         note = model.get_submodule(path).register_forward_pre_hook
         hooks.append(note(lambda _module, _args, path=path: called.add(path)))
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _without_values():
             ids = torch.zeros((2, 8), dtype=torch.long, device="meta")
             try:
                 model(input_ids=ids, use_cache=False)
@@ -236,13 +245,13 @@ def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[s
             finally:
                 for hook in hooks:
                     hook.remove()
-            output = first(*block.positional, **block.kwargs)
-            block.num_outputs = None if isinstance(output, Tensor) else len(output)
+            # Of values: it gives hidden states only, until the probe sees otherwise.
+            with suppress(GuardOnDataDependentSymNode):
+                output = first(*block.positional, **block.kwargs)
+                block.num_outputs = None if isinstance(output, Tensor) else len(output)
     except ModelError:
         raise
     except Exception as fault:
-        line = " ".join(str(fault).split())
-        raise _refusal(
-            model, f"its forward does not run without values ({type(fault).__name__}: {line[:200]})"
-        ) from None
+        line = shorten(f"{type(fault).__name__}: {fault}", 200, placeholder=" ...")
+        raise _refusal(model, f"its forward does not run without values ({line})") from None
     return called, block
