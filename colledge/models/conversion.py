@@ -200,6 +200,10 @@ class ModelWeights(Mapping[str, Tensor]):
         ]
         return {name: other for name, other in pairs if name not in self._groups and other in self._groups}
 
+    def stores_both(self, name: str, other: str) -> bool:
+        """Return whether two names of one weight have a tensor each, which may differ."""
+        return name in self._groups and other in self._groups
+
     @property
     def ties(self) -> bool:
         """Whether the model has weights of two names."""
@@ -318,7 +322,8 @@ def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, s
     if not has_weights(directory):
         return False
     weights = ModelWeights(directory, skeleton)
-    return any(not torch.equal(weights[name], weights[source]) for name, source in tied.items())
+    apart = ((name, source) for name, source in tied.items() if weights.stores_both(name, source))
+    return any(not torch.equal(weights[name], weights[source]) for name, source in apart)
 
 
 def _quantised(directory: Path, seen: str) -> ModelError:
