@@ -201,14 +201,17 @@ def _write(
 @contextmanager
 def _partial(home: Path) -> Iterator[Path]:
     """Make a folder to write in, which is locked, and removed if it still is there at the end."""
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=home))
-    try:
-        with (partial / "lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=home))
+        try:
+            with (partial / "lock").open("w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if (partial / "lock").exists():  # else one who cleans was here before it was locked
+                    yield partial
+                    return
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _largest_id(tokenizer: Tokenizer) -> int:
