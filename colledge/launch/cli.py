@@ -12,7 +12,7 @@ import typer
 from typer.exceptions import TyperException
 
 from colledge import __version__
-from colledge.errors import ColledgeError, ConfigError
+from colledge.errors import ColledgeError, ConfigError, lack_of_memory, one_line
 from colledge.launch.terminal import replace_unprintable
 from colledge.settings import LossOn
 
@@ -541,21 +541,23 @@ def main() -> None:
         if message:  # else no command was given, and the help has been printed
             print(f"colledge: {message}. Fix: see `{asked} --help`.", file=sys.stderr)
         sys.exit(ConfigError.exit_code)
-    except ColledgeError as fault:
-        print(f"colledge: {fault}", file=sys.stderr)
-        sys.exit(fault.exit_code)
-    except OSError as fault:
-        said = (
-            f"{fault.strerror} ({str(fault.filename)[:200]})"
-            if fault.strerror and fault.filename
-            else str(fault)[:300]
-        )
-        print(f"colledge: {said}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
-    except (MemoryError, RuntimeError) as fault:  # numpy's, and PyTorch's, which has no kind of its own
-        if not isinstance(fault, MemoryError) and "can't allocate memory" not in str(fault):
+    except Exception as fault:
+        said = _said_of(fault)
+        if said is None:
             raise
-        what = str(fault).rpartition("] ")[2].rstrip(".")
-        print(f"colledge: out of memory ({what}). Fix: look for a size that is too large.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
+        print(f"colledge: {said}", file=sys.stderr)
+        sys.exit(said.exit_code)
     sys.exit(code if isinstance(code, int) else 0)  # 130 after Ctrl-C
+
+
+def _said_of(fault: Exception) -> ColledgeError | None:
+    """Return what a user is told of a fault; None of one that is colledge's own."""
+    if isinstance(fault, ColledgeError):
+        return fault
+    said = lack_of_memory(fault)
+    if said is None and isinstance(fault, OSError):
+        where = f"{fault.strerror} ({str(fault.filename)[:200]})" if fault.strerror and fault.filename else ""
+        said = ConfigError(
+            f"{where or one_line(fault)}.", fix="make room, or give a folder that can be written."
+        )
+    return said

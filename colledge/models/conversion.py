@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, said_by
 from colledge.models.weights import SafetensorsDirectory, has_weights
 
 _SCALES = re.compile(
@@ -176,7 +176,7 @@ class ModelWeights(Mapping[str, Tensor]):
         except Exception as fault:  # of the library's operations, which check nothing themselves
             names = ", ".join(source for source, _ in group.sources[:3])
             raise ModelError(
-                f"{self.directory}: {names} do not make {group.first!r} ({' '.join(str(fault).split())[:150]}).",
+                f"{self.directory}: {names} do not make {group.first!r} ({said_by(fault)}).",
                 fix="copy the model again.",
             ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}

@@ -31,7 +31,7 @@ from pydantic import Field
 from colledge.data.text.examples import Noticed, check_name, iterate_examples, unreadable
 from colledge.data.text.rows import Stream
 from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
-from colledge.errors import ColledgeError, DataError
+from colledge.errors import ColledgeError, DataError, lack_of_memory
 from colledge.records import Record, read_json, write_atomically
 from colledge.settings import LossOn
 
@@ -145,8 +145,9 @@ def _opened(place: Path) -> tuple[Stream, tuple[str, ...]] | None:
             with suppress(OSError):  # another user's, or on a disk that is only read
                 os.utime(place / "meta.json")
             return _mapped(place, meta), meta.sentences
-    except (ColledgeError, OSError):
-        pass
+    except (ColledgeError, OSError) as fault:
+        if lack_of_memory(fault) is not None:  # of which the store knows nothing
+            raise
     shutil.rmtree(place, ignore_errors=True)
     return None
 
