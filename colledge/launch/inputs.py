@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from colledge.data import (
+    Indices,
     Rows,
+    Say,
     Stream,
     end_of,
     find_files,
@@ -25,8 +27,6 @@ from colledge.data import (
     split_numbers,
     stored_tokens,
 )
-from colledge.data.text.rows import Indices
-from colledge.data.text.store import Say
 from colledge.errors import ConfigError, DataError, ModelError, one_line
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import RunConfig

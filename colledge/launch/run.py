@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from colledge.data.text.store import Say
+from colledge.data import Say
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import caching, modelling, planning
 from colledge.launch.inputs import RunData, check_output, find_model, load_data, open_model
