@@ -8,6 +8,7 @@ _OF_CODE = re.compile(  # what only those understand who know the code
     r"object|operand|argument|unhashable|NoneType|ind(ex|ices)|iterable|subscript|instance of|unpack|not supported|"
     r"Tensor|recursion|interpreted"
 )
+_NO_MEMORY = re.compile(r"(can't|cannot) allocate memory", re.IGNORECASE)
 
 
 class ColledgeError(Exception):
@@ -75,9 +76,20 @@ class LaunchError(ColledgeError):
     exit_code = 5
 
 
+def one_line(fault: BaseException, most: int = 300) -> str:
+    """Return what a fault says on one line of so many characters at most."""
+    return " ".join(str(fault).split())[:most]
+
+
 def said_by(fault: BaseException) -> str:
-    """Return one line of what a library made of a malformed file; what speaks of its code alone in our words."""
-    line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", " ".join(str(fault).split()))
+    """Return one line of what a library made of a malformed file; what speaks of its code alone in our words.
+
+    Raises:
+        MemoryError: There was too little memory, for which no file is to blame.
+    """
+    if lack_of_memory(fault) is not None:
+        raise MemoryError(one_line(fault)) from None
+    line = re.sub(r"\b(Type|Value|Key)Error: |<class '|(?<=\w)'>", "", one_line(fault, most=1000))
     if "trust_remote_code" in line:
         return "it comes with code of its own, which is not run"
     if isinstance(fault, KeyError):
@@ -86,3 +98,16 @@ def said_by(fault: BaseException) -> str:
     if not line or strange or isinstance(fault, AttributeError | AssertionError | RecursionError):
         return "a value there is missing, or not of the kind that it must be"
     return line[:300]
+
+
+def lack_of_memory(fault: BaseException) -> ColledgeError | None:
+    """Return what to tell of a fault that is lack of memory: Python's, the system's or PyTorch's; None of another."""
+    line = one_line(fault)
+    if not isinstance(fault, MemoryError) and not _NO_MEMORY.search(line):
+        return None
+    what = line.rpartition("] ")[2].rstrip(".")  # behind PyTorch's own file and line, and the system's number
+    return ColledgeError(
+        f"out of memory ({what})." if what else "out of memory.",
+        fix="free some memory, or look for a size that is too large.",
+        exit_code=ConfigError.exit_code,
+    )

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from colledge.errors import ConfigError
+from colledge.errors import ConfigError, one_line
 
 _NUMBERS = frozenset({int, float})
 
@@ -268,8 +268,9 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     try:
         value = _writable(yaml.load(_read_text(path, ConfigError), Loader=_YamlLoader))  # a safe one
     except (yaml.YAMLError, RecursionError, ValueError) as fault:  # ValueError: such as the date 2001-99-99
-        line = " ".join(str(fault).split())
-        raise ConfigError(f"{path}: not YAML ({line}).", fix="mend the line it names.") from None
+        raise ConfigError(
+            f"{path}: not YAML ({one_line(fault, most=600)}).", fix="mend the line it names."
+        ) from None
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path}: saw {kind_of(value)}, wanted a mapping of keys to values.",

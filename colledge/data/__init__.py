@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from colledge.data.sampler import rows_for_step
     from colledge.data.text.reading.examples import Example, read_examples, split_examples, split_numbers
     from colledge.data.text.reading.files import find_files
-    from colledge.data.text.rows import IGNORED_LABEL, Rows, Stream, make_rows, rows_of
+    from colledge.data.text.rows import IGNORED_LABEL, Indices, Rows, Stream, make_rows, rows_of
     from colledge.data.text.source import TextSettings, load_text, read_texts, text_rows
-    from colledge.data.text.store import stored_tokens
+    from colledge.data.text.store import Say, stored_tokens
     from colledge.data.text.tokenizer import ByteTokenizer, load_tokenizer, vocabulary_digest
     from colledge.data.text.tokens import Tokenizer, Tokens, end_of, tokenize
 
@@ -28,8 +28,10 @@ __all__ = [
     "ByteTokenizer",
     "Example",
     "ImageSettings",
+    "Indices",
     "Labelled",
     "Rows",
+    "Say",
     "SplitSettings",
     "Stream",
     "TextSettings",

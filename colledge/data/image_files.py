@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from colledge.errors import ColledgeError, DataError
+from colledge.errors import ColledgeError, DataError, one_line
 
 Split = Literal["train", "test"]
 
@@ -99,11 +99,7 @@ def _content(path: Path) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.", fix="fetch all files of the data set.") from None
     except (OSError, EOFError, zlib.error) as fault:
-        raise DataError(f"{path}: cannot be read ({_line(fault)}).", fix=_AGAIN) from None
-
-
-def _line(fault: Exception) -> str:
-    return " ".join(str(fault).split())
+        raise DataError(f"{path}: cannot be read ({one_line(fault)}).", fix=_AGAIN) from None
 
 
 def _channels_first(images: npt.NDArray[Any], where: Path) -> Bytes:
@@ -211,7 +207,7 @@ def _cifar_batch(path: Path, key: bytes, name: str) -> tuple[Bytes, npt.NDArray[
         raise DataError(f"{path}: no such file.", fix="fetch all files of the data set.") from None
     except Exception as fault:  # whatever bytes make of an unpickler
         raise DataError(
-            f"{path}: not a batch of {name} ({type(fault).__name__}: {_line(fault)}).", fix=_AGAIN
+            f"{path}: not a batch of {name} ({type(fault).__name__}: {one_line(fault)}).", fix=_AGAIN
         ) from None
 
 
@@ -231,7 +227,7 @@ def _npz(source: Path, split: Split) -> Images:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as fault:
         raise DataError(
-            f"{files[0]}: cannot be read ({_line(fault)}).",
+            f"{files[0]}: cannot be read ({one_line(fault)}).",
             fix="save x_train, y_train, x_test and y_test with numpy.savez.",
         ) from None
     if not np.issubdtype(labels.dtype, np.integer):
@@ -315,7 +311,7 @@ def _png(path: Path) -> Bytes:
             return np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
         raise DataError(
-            f"{path}: cannot be read ({_line(fault)}).", fix="save it as a PNG, grey (L) or RGB."
+            f"{path}: cannot be read ({one_line(fault)}).", fix="save it as a PNG, grey (L) or RGB."
         ) from None
 
 

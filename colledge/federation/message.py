@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from colledge.errors import ColledgeError
+from colledge.errors import ColledgeError, one_line
 from colledge.records import Record, RecordT, describe_validation_error
 from colledge.units import format_bytes
 
@@ -142,6 +142,7 @@ def decode(data: bytes, limit_bytes: int = DEFAULT_LIMIT_BYTES) -> Message:
         envelope = _Envelope.model_validate(value)
         tensors = load(data[body:]) if len(data) > body else {}
     except (struct.error, ValueError, KeyError, RecursionError, SafetensorError) as fault:
-        line = " ".join(str(fault).split())[:120]
-        raise MessageError(f"bytes that are no message of colledge's ({line}).") from None
+        raise MessageError(
+            f"bytes that are no message of colledge's ({one_line(fault, most=120)})."
+        ) from None
     return Message(envelope.kind, envelope.round, envelope.part, Payload(envelope.fields, tensors))

@@ -30,6 +30,7 @@ from nvflare.fuel.f3.drivers.connector_info import ConnectorInfo
 from nvflare.fuel.f3.drivers.driver_params import DriverCap, DriverParams
 from nvflare.fuel.f3.sfm.prefix import PREFIX_LEN, Prefix
 
+from colledge.errors import one_line
 from colledge.federation.certificates import AUTHORITY_CERTIFICATE, NODE_CERTIFICATE, NODE_KEY
 from colledge.federation.transport import NodeId
 from colledge.units import format_bytes
@@ -374,4 +375,4 @@ def _notice_lost_peers(sock: socket.socket) -> None:
 def _reason(fault: Exception) -> str:
     """Return a fault in some words, on one line."""
     verify = getattr(fault, "verify_message", "")
-    return verify or getattr(fault, "reason", None) or " ".join(str(fault).split())[:120]
+    return verify or getattr(fault, "reason", None) or one_line(fault, most=120)

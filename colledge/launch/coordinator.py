@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 
-from colledge.errors import ColledgeError, LaunchError
+from colledge.errors import ColledgeError, LaunchError, lack_of_memory
 from colledge.launch import federate
 from colledge.launch.federated_pools import FederationJob
 from colledge.launch.generating import generate_job
@@ -121,6 +121,9 @@ def _failure(fault: Exception) -> Failure:
         print(f"error: {fault}", file=sys.stderr, flush=True)
         return Failure(message=fault.message, fix=fault.fix, exit_code=fault.exit_code)
     traceback.print_exception(fault)
+    lack = lack_of_memory(fault)
+    if lack is not None:
+        return Failure(message=f"the coordinator is {lack.message}", fix=lack.fix, exit_code=lack.exit_code)
     if isinstance(fault, OSError | SafetensorError):
         return Failure(
             message=f"a file could not be read or written ({fault}).",

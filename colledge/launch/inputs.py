@@ -16,7 +16,9 @@ from huggingface_hub.errors import (
 )
 
 from colledge.data import (
+    Indices,
     Rows,
+    Say,
     Stream,
     end_of,
     find_files,
@@ -25,9 +27,7 @@ from colledge.data import (
     split_numbers,
     stored_tokens,
 )
-from colledge.data.text.rows import Indices
-from colledge.data.text.store import Say
-from colledge.errors import ConfigError, DataError, ModelError
+from colledge.errors import ConfigError, DataError, ModelError, one_line
 from colledge.launch.job import OutputFolder
 from colledge.launch.run_config import RunConfig
 from colledge.models import HuggingFaceCausalLM
@@ -63,7 +63,7 @@ def find_model(name: str) -> Path:
     except HFValidationError:
         why, fix = "it is no name of the hub either", f"{local}, or a name such as org/my-model."
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
-        why, fix = " ".join(str(fault).split())[:200], f"{local}, or look at the network and the disk."
+        why, fix = one_line(fault), f"{local}, or look at the network and the disk."
         if HF_HUB_OFFLINE and isinstance(fault, LocalEntryNotFoundError):
             why, fix = "HF_HUB_OFFLINE is set and the cache has it not", f"{local}, or unset HF_HUB_OFFLINE."
     raise ModelError(f"model {name!r} is no local directory and cannot be fetched: {why}.", fix=fix)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def from_run(path: Path, overrides: Sequence[str]) -> PlanningInputs:
     folder = OutputFolder(run.output)
     profiles = read_profiles(folder)
     if profiles is None:
-        raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `colledge profile {path}` first.")
+        raise ConfigError(f"{folder.path}: no profiles there.", fix=f"run `{_profiling(path)}` first.")
     if run.pool.is_file():
         _check_profiles(*profiles, run, load_pool(run.pool), path)
     request = request_of(run, trained_layers(run, profiles[1]))
@@ -101,8 +102,13 @@ def _check_profiles(
     if seen:
         raise ConfigError(
             f"the profiles in {run.output} are not of this run: {seen}.",
-            fix=f"run `colledge profile {path}` again.",
+            fix=f"run `{_profiling(path)}` again.",
         )
+
+
+def _profiling(path: Path) -> str:
+    """Return the command that profiles a run, as a shell takes it."""
+    return f"colledge profile {shlex.quote(str(path))}"
 
 
 def trains_the_same(run: RunConfig, model: ModelProfile) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from colledge.data.text.store import Say
+from colledge.data import Say
 from colledge.errors import ConfigError, PlanError
 from colledge.launch import caching, modelling, planning
 from colledge.launch.inputs import RunData, check_output, find_model, load_data, open_model
@@ -55,12 +55,13 @@ _MANY_BYTES = 2 * 1024**3  # of weights, whose reading may take a while
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run is made of, checked."""
+    """What a run is made of, checked; `weights` are None where none are there to be read."""
 
     run: RunConfig
     pool: PoolConfig
     model_folder: Path
     model: HuggingFaceCausalLM
+    weights: ModelWeights | None = None
     notes: tuple[str, ...] = ()  # what of the data is not trained on
     num_rows: tuple[int, int] = (0, 0)  # to train on, and to validate with
 
@@ -98,10 +99,9 @@ def read_inputs(
     if run.activation_cache is not None:
         prefix_layers(model.first_trained, model.layer_names)
     check_output(run, folder)
-    notes: tuple[str, ...] = ()
+    weights = ModelWeights(folder, model.skeleton()) if with_data or has_weights(folder) else None
+    notes = weights.notes() if weights is not None else ()
     num_rows = (0, 0)
-    if with_data or has_weights(folder):
-        notes = ModelWeights(folder, model.skeleton()).notes()
     if with_data:
         check_tracker(run.report_to)
         check_backend(run, pool)
@@ -109,7 +109,7 @@ def read_inputs(
         check_data(data, model)
         notes, num_rows = (*notes, *data.notes()), data.num_rows
     with OutputFolder(run.output).locked():
-        return Inputs(run, pool, folder, model, notes, num_rows)
+        return Inputs(run, pool, folder, model, weights, notes, num_rows)
 
 
 def check_weights(inputs: Inputs, console: Console) -> None:
@@ -118,7 +118,8 @@ def check_weights(inputs: Inputs, console: Console) -> None:
     Raises:
         ModelError: A file is damaged, or a weight holds a number that is none.
     """
-    weights = ModelWeights(inputs.model_folder, inputs.model.skeleton())
+    weights = inputs.weights
+    assert weights is not None  # else reading the inputs said that there are none
     if weights.num_bytes > _MANY_BYTES:
         console.print(f"reading {format_bytes(weights.num_bytes)} of weights, to check them", highlight=False)
     weights.check_values()

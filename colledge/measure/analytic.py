@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, one_line
 from colledge.measure.count import count_model
 from colledge.models import HuggingFaceCausalLM, ShardOps, StageModule
 from colledge.models.layered import DTYPES
@@ -58,9 +58,8 @@ def model_profile_from_config(
         with FakeTensorMode(allow_non_fake_inputs=True):
             layers = count_model(valueless, (sequence_length,), DTYPES[precision], loss, _NoUpdate)
     except (RuntimeError, TypeError, ValueError) as fault:  # of the library's own code
-        line = " ".join(str(fault).split())[:200]
         raise ModelError(
-            f"the layers of this {model.config.model_type!r} do not run without values ({line}).",
+            f"the layers of this {model.config.model_type!r} do not run without values ({one_line(fault)}).",
             fix="profile the model on a device instead.",
         ) from None
     return ModelProfile(

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, said_by
 from colledge.models.weights import SafetensorsDirectory, has_weights
 
 _SCALES = re.compile(
@@ -176,7 +176,7 @@ class ModelWeights(Mapping[str, Tensor]):
         except Exception as fault:  # of the library's operations, which check nothing themselves
             names = ", ".join(source for source, _ in group.sources[:3])
             raise ModelError(
-                f"{self.directory}: {names} do not make {group.first!r} ({' '.join(str(fault).split())[:150]}).",
+                f"{self.directory}: {names} do not make {group.first!r} ({said_by(fault)}).",
                 fix="copy the model again.",
             ) from None
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
@@ -199,6 +199,10 @@ class ModelWeights(Mapping[str, Tensor]):
             pair for copy_name, source in tied.items() for pair in ((copy_name, source), (source, copy_name))
         ]
         return {name: other for name, other in pairs if name not in self._groups and other in self._groups}
+
+    def stores_both(self, name: str, other: str) -> bool:
+        """Return whether two names of one weight have a tensor each, which may differ."""
+        return name in self._groups and other in self._groups
 
     @property
     def ties(self) -> bool:
@@ -318,7 +322,8 @@ def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, s
     if not has_weights(directory):
         return False
     weights = ModelWeights(directory, skeleton)
-    return any(not torch.equal(weights[name], weights[source]) for name, source in tied.items())
+    apart = ((name, source) for name, source in tied.items() if weights.stores_both(name, source))
+    return any(not torch.equal(weights[name], weights[source]) for name, source in apart)
 
 
 def _quantised(directory: Path, seen: str) -> ModelError:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, one_line
 from colledge.models.generator import generator_of
 from colledge.models.layered import BatchRows
 from colledge.models.sharding import ShardedBlock, Slice
@@ -52,9 +52,8 @@ def attach_adapters(model: nn.Module, settings: LoraSettings) -> None:
                 low_cpu_mem_usage=True,
             )
     except ValueError as fault:
-        line = " ".join(str(fault).split())[:200]
         raise ModelError(
-            f"PEFT cannot put adapters into this model ({line}).",
+            f"PEFT cannot put adapters into this model ({one_line(fault)}).",
             fix=f"name some of {', '.join(sorted(linears))} in lora.targets.",
         ) from None
     layers = dict(adapted_linears(model))

@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from colledge.errors import ModelError
+from colledge.errors import ModelError, one_line
 from colledge.models.architectures import Architecture, Cnn, Llama, Mlp, ResNet
 from colledge.models.float64 import keep_float64
 from colledge.models.generator import generator_of
@@ -122,9 +122,8 @@ class SequentialModel:
             try:
                 x = module(x, {})
             except (RuntimeError, ValueError, IndexError) as fault:
-                line = " ".join(str(fault).split())
                 raise ModelError(
-                    f"rows of {list(shapes[-1])} do not fit layer {name} ({line[:200]}).",
+                    f"rows of {list(shapes[-1])} do not fit layer {name} ({one_line(fault)}).",
                     fix="give rows of the shape that this very model takes.",
                 ) from None
             shapes.append(tuple(x.shape[1:]))

@@ -23,7 +23,7 @@ from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from colledge.errors import ColledgeError, ConfigError
+from colledge.errors import ColledgeError, ConfigError, one_line, said_by
 from colledge.models.weights import check_finite
 from colledge.parallel.engine import Engine
 from colledge.records import Record, read_json, write_atomically
@@ -78,7 +78,7 @@ def save_checkpoint(engine: Engine, folder: Path, seed: int, validation: Mapping
         _sync_folder(folder)
     except (OSError, SafetensorError) as fault:
         raise ColledgeError(
-            f"{final} could not be saved ({' '.join(str(fault).split())}); earlier checkpoints are as they were.",
+            f"{final} could not be saved ({one_line(fault)}); earlier checkpoints are as they were.",
             fix="make room on that disk, then go on with --resume auto.",
         ) from None
     finally:
@@ -199,7 +199,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path, seed: int) -> CheckpointSt
             values = load_file(path)
         except (OSError, SafetensorError) as fault:
             raise ConfigError(
-                f"{path}: cannot be read ({fault}).",
+                f"{path}: cannot be read ({said_by(fault)}).",
                 fix="resume with the model that the checkpoint was made from.",
             ) from None
         shapes = engine.model.layer_parameters(index)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from colledge.data.batch import ROW
-from colledge.errors import ColledgeError, DeviceError
+from colledge.errors import ColledgeError, DeviceError, one_line
 from colledge.models import build_model
 from colledge.models.layered import DTYPES, LayeredModel
 from colledge.models.losses import LOSSES, OutputShard
@@ -92,7 +92,7 @@ class DeviceWorker:
                 self._report(fault)
                 raise
             except Exception as fault:  # whatever it is, the coordinator must learn of it
-                line = " ".join(f"{type(fault).__name__} during {command}: {fault}".split())
+                line = f"{type(fault).__name__} during {command}: {one_line(fault, most=1000)}"
                 failed = ColledgeError(line, exit_code=DeviceError.exit_code)
                 self._report(failed)
                 raise failed from fault

@@ -199,6 +199,23 @@ def test_two_that_write_the_same_at_once_both_have_it(folder: Path, tmp_path: Pa
     assert len(list(cache.iterdir())) == 1
 
 
+def test_who_cleans_before_a_folder_is_locked_costs_nothing(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, flock, others = load_tokenizer(folder), fcntl.flock, ["it", "is"]
+
+    def late(lock: Any, how: int) -> None:
+        if others and how == fcntl.LOCK_EX:  # another process comes and cleans
+            text = others.pop()
+            stored_tokens([write(tmp_path / f"{text}.jsonl", [{"text": text}])], folder, tokenizer, "all")
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    stream, _ = stored_tokens([write(tmp_path / "a.jsonl", [{"text": "what"}])], folder, tokenizer, "all")
+    assert stream.ids.tolist() == [*tokenizer(["what"])["input_ids"][0], tokenizer.eos_token_id]
+    assert len(list(cache.iterdir())) == 3
+
+
 def test_what_lies_below_a_model_is_not_its_tokenizer(folder: Path, tmp_path: Path) -> None:
     path, tokenizer = write(tmp_path / "a.jsonl", [{"text": "what"}]), load_tokenizer(folder)
     place = tmp_path / "model"

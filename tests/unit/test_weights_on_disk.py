@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from colledge.errors import ColledgeError, ModelError
 from colledge.launch.run import check_weights, read_inputs
 from colledge.launch.saved_model import write_model
 from colledge.models import HuggingFaceCausalLM, ModelWeights
+from colledge.models.weights import SafetensorsFiles
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -304,6 +305,25 @@ def test_files_that_are_not_whole_are_found_before_devices_start(tmp_path: Path)
     assert NORM in refusal(lambda: check_weights(inputs, Console()))
     change(folder, without(NORM))
     assert NORM in refusal(lambda: read_inputs(tmp_path / "run.yaml", with_data=False))
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied llama"])
+def test_a_start_reads_every_tensor_once(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(kind, tmp_path / "model")
+    (tmp_path / "pool.yaml").write_text("devices: [{id: d0}]\n")
+    (tmp_path / "run.yaml").write_text(
+        f"model: {folder}\ndata: {{train: x.jsonl}}\npool: pool.yaml\noutput: {tmp_path / 'out'}\n"
+    )
+    names: list[str] = []
+    read = SafetensorsFiles.read
+
+    def noted(self: SafetensorsFiles, some: Iterable[str]) -> Stored:
+        names.extend(some := list(some))
+        return read(self, some)
+
+    monkeypatch.setattr(SafetensorsFiles, "read", noted)
+    check_weights(read_inputs(tmp_path / "run.yaml", with_data=False), Console())
+    assert sorted(names) == sorted(load_file(folder / "model.safetensors"))
 
 
 def test_a_quantised_configuration_is_refused_with_its_method(tmp_path: Path) -> None:

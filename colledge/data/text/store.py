@@ -31,7 +31,7 @@ from pydantic import Field
 from colledge.data.text.reading.examples import Noticed, check_name, iterate_examples, unreadable
 from colledge.data.text.rows import Stream
 from colledge.data.text.tokens import Tokenizer, Tokens, tokenize
-from colledge.errors import ColledgeError, DataError
+from colledge.errors import ColledgeError, DataError, lack_of_memory
 from colledge.records import Record, read_json, write_atomically
 from colledge.settings import LossOn
 
@@ -145,8 +145,9 @@ def _opened(place: Path) -> tuple[Stream, tuple[str, ...]] | None:
             with suppress(OSError):  # another user's, or on a disk that is only read
                 os.utime(place / "meta.json")
             return _mapped(place, meta), meta.sentences
-    except (ColledgeError, OSError):
-        pass
+    except (ColledgeError, OSError) as fault:
+        if lack_of_memory(fault) is not None:  # of which the store knows nothing
+            raise
     shutil.rmtree(place, ignore_errors=True)
     return None
 
@@ -201,14 +202,17 @@ def _write(
 @contextmanager
 def _partial(home: Path) -> Iterator[Path]:
     """Make a folder to write in, which is locked, and removed if it still is there at the end."""
-    partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=home))
-    try:
-        with (partial / "lock").open("w") as lock:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    while True:
+        partial = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=home))
+        try:
+            with (partial / "lock").open("w") as lock:
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if (partial / "lock").exists():  # else one who cleans was here before it was locked
+                    yield partial
+                    return
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _largest_id(tokenizer: Tokenizer) -> int:

@@ -29,6 +29,7 @@ def complete_config(
         ConfigError: It contradicts the run or the plan; "auto" contradicts nothing.
     """
     replicas = plan.stages[0].replicas
+    given = without_auto(given)
     check_config(given, optimizer, plan.global_batch_size)
     _check_value(given, "gradient_accumulation_steps", plan.num_microbatches, "of the plan")
     for samples in {replica.samples for replica in replicas}:
@@ -41,14 +42,16 @@ def complete_config(
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _MANY_STEPS,
     }
-    return {key: without_auto(value) for key, value in given.items() if key not in _ELSEWHERE} | own
+    return {key: value for key, value in given.items() if key not in _ELSEWHERE} | own
 
 
-def without_auto(value: JsonValue) -> JsonValue:
-    """Return a value without the keys that are "auto": DeepSpeed has defaults for them, and does not know the word."""
-    if not isinstance(value, dict):
-        return value
-    return {key: without_auto(inner) for key, inner in value.items() if inner != _AUTO}
+def without_auto(given: Mapping[str, JsonValue]) -> dict[str, JsonValue]:
+    """Return values without the keys that are "auto": DeepSpeed has defaults for them, and does not know the word."""
+    return {
+        key: without_auto(value) if isinstance(value, dict) else value
+        for key, value in given.items()
+        if value != _AUTO
+    }
 
 
 def check_config(
@@ -59,7 +62,7 @@ def check_config(
     Raises:
         ConfigError: They contradict each other.
     """
-    given = {key: without_auto(value) for key, value in given.items() if value != _AUTO}
+    given = without_auto(given)
     for section in _NARROW:
         value = given.get(section)
         if isinstance(value, dict) and not value.get("enabled"):
@@ -72,7 +75,7 @@ def check_config(
     _check_value(
         given, "gradient_clipping", optimizer.gradient_clipping or 0.0, "of optimizer.gradient_clipping"
     )
-    zero = without_auto(given.get("zero_optimization"))
+    zero = given.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (1, 2, 3):
         raise ConfigError(
@@ -89,8 +92,8 @@ def check_config(
 
 
 def _check_value(given: Mapping[str, JsonValue], key: str, wanted: float, of: str) -> None:
-    seen = given.get(key, "auto")
-    if seen not in ("auto", wanted):
+    seen = given.get(key, wanted)
+    if seen != wanted:
         raise ConfigError(
             f"deepspeed: {key} is {seen!r}, wanted {wanted:g} {of}.", fix="leave it out, or make them agree."
         )
@@ -104,8 +107,8 @@ def _said_elsewhere(section: str, key: str) -> ConfigError:
 
 
 def _check_optimizer(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
-    section = given.get("optimizer", _AUTO)
-    if section in (None, _AUTO):
+    section = given.get("optimizer")
+    if section is None:
         return
     params = section.get("params", {}) if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(params, dict):
@@ -119,12 +122,10 @@ def _check_optimizer(given: Mapping[str, JsonValue], optimizer: OptimizerSetting
         "torch_adam": True,
         "adam_w_mode": True,
     }
-    kind = section.get("type", _AUTO)
-    if kind != _AUTO and str(kind).lower() != optimizer.name:
+    kind = section.get("type", optimizer.name)
+    if str(kind).lower() != optimizer.name:
         raise _contradiction("optimizer.type", kind, f"{optimizer.name} of optimizer.name")
     for key, value in params.items():
-        if value == _AUTO:
-            continue
         if key not in wanted:
             raise _said_elsewhere(f"optimizer.params.{key}", "optimizer")
         if value != wanted[key]:
@@ -132,17 +133,18 @@ def _check_optimizer(given: Mapping[str, JsonValue], optimizer: OptimizerSetting
 
 
 def _check_scheduler(given: Mapping[str, JsonValue], optimizer: OptimizerSettings) -> None:
-    section = given.get("scheduler", _AUTO)
-    if section in (None, _AUTO):
+    section = given.get("scheduler")
+    if section is None:
         return
     params = section.get("params", {}) if isinstance(section, dict) else None
     if not isinstance(section, dict) or not isinstance(params, dict):
         raise _said_elsewhere("scheduler", "optimizer.schedule")
-    if any(value != _AUTO for value in params.values()):
+    if params:
         raise _said_elsewhere("scheduler", "optimizer.schedule and optimizer.warmup_steps")
-    kind = section.get("type", _AUTO)
-    if kind != _AUTO and _SCHEDULES.get(str(kind)) != optimizer.schedule:
-        raise _contradiction("scheduler.type", kind, f"the one of optimizer.schedule: {optimizer.schedule}")
+    if "type" in section and _SCHEDULES.get(str(section["type"])) != optimizer.schedule:
+        raise _contradiction(
+            "scheduler.type", section["type"], f"the one of optimizer.schedule: {optimizer.schedule}"
+        )
 
 
 def _contradiction(key: str, seen: JsonValue, wanted: str) -> ConfigError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from colledge.errors import ConfigError
 from colledge.planner.baselines.asteroid import ASTEROID, asteroid
-from colledge.planner.baselines.candidates import Setting, one_line
+from colledge.planner.baselines.candidates import Setting, why_not
 from colledge.planner.baselines.confidant import CONFIDANT, confidant
 from colledge.planner.baselines.data import BY_SPEED, EQUAL, data_parallel
 from colledge.planner.baselines.megatron import TENSOR, WITH_PIPELINE, megatron
@@ -42,7 +42,7 @@ def all_baselines(costs: PoolCosts, request: PlanningRequest) -> tuple[Baseline,
         try:
             made = run(setting)
         except ConfigError as fault:  # a link or a timing that this plan would need is missing
-            answers += [Baseline(name=name, why_not=one_line(fault)) for name in names]
+            answers += [Baseline(name=name, why_not=why_not(fault)) for name in names]
         else:
             answers += [made] if isinstance(made, Baseline) else made
     return tuple(answers)

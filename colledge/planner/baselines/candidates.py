@@ -206,7 +206,7 @@ def even_parts(total: int, parts: int) -> list[int]:
     return [share + (i < rest) for i in range(parts)]
 
 
-def one_line(fault: ConfigError) -> str:
+def why_not(fault: ConfigError) -> str:
     """Return why a baseline has no plan, from an error."""
     return fault.message.rstrip(".")
 

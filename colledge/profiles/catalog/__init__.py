@@ -27,7 +27,7 @@ from types import MappingProxyType
 import yaml
 from pydantic import Field, model_validator
 
-from colledge.errors import ConfigError
+from colledge.errors import ConfigError, one_line
 from colledge.profiles.device import DeviceProfile, PowerMode
 from colledge.records import Record, parse_record
 from colledge.units import Bytes, BytesPerSecond
@@ -169,7 +169,7 @@ def parse_catalog_device(kind: str, text: str) -> CatalogDevice:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as fault:
-        raise ConfigError(f"catalog entry {kind}: not YAML ({' '.join(str(fault).split())}).") from None
+        raise ConfigError(f"catalog entry {kind}: not YAML ({one_line(fault)}).") from None
     entry = {"kind": kind, **values} if isinstance(values, dict) else values
     return parse_record(CatalogDevice, entry, f"catalog entry {kind}")
 

@@ -1,23 +1,16 @@
-"""The `colledge` command: reads arguments, calls `launch.run`, prints; every fault is one line and an exit code."""
+"""The commands of a run: init, profile, plan, train, report, export, generate, demo."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
-from colledge import __version__
-from colledge.errors import ColledgeError, ConfigError
-from colledge.launch.terminal import replace_unprintable
-from colledge.settings import LossOn
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from colledge.errors import ConfigError
+from colledge.launch.cli.arguments import AsJson, Overrides, PrintCommands, RunFile, make_console
 
 app = typer.Typer(
     help="Train a big model on a few unequal devices for the least energy within a deadline.",
@@ -25,35 +18,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="The formats of the files.", no_args_is_help=True)
-app.add_typer(config_app, name="config")
-data_app = typer.Typer(help="Training data.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-catalog_app = typer.Typer(
-    help="Devices that can be planned with before they are bought.", no_args_is_help=True
-)
-app.add_typer(catalog_app, name="catalog")
-federate_app = typer.Typer(
-    help="Federations: trees of unequal nodes that learn together.", no_args_is_help=True
-)
-app.add_typer(federate_app, name="federate")
-
-RunFile = Annotated[Path, typer.Argument(help="run.yaml: model, data, batch, steps, pool.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="key=value changes to the file, such as seed=1.", show_default=False),
-]
-PrintCommands = Annotated[
-    bool,
-    typer.Option("--print-commands", help="Print the torchrun line of each process; start nothing."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs instead of tables.")]
-
-
-def _console(stderr: bool = False) -> Console:
-    from colledge.report.tables import make_console
-
-    return make_console(stderr)
 
 
 @app.command()
@@ -111,7 +75,7 @@ def profile(
 
     extra = [f"output={output.resolve()}"] if output is not None else []
     inputs = run.read_inputs(run_file, [*(overrides or []), *extra], with_data=False)
-    run.profile(inputs, _console())
+    run.profile(inputs, make_console())
     typer.echo(f"wrote {inputs.folder.pool_profile} and {inputs.folder.model_profile}")
 
 
@@ -202,12 +166,12 @@ def plan(
     if advise:
         from colledge.launch.advice import give_advice, show_advice
 
-        with _console(stderr=True).status("") as status:
+        with make_console(stderr=True).status("") as status:
             advice = give_advice(inputs, status.update)
         if as_json:
             typer.echo(advice.to_json())
         else:
-            show_advice(advice, inputs, _console())
+            show_advice(advice, inputs, make_console())
         return
     if run_file is not None and (supposed.supposes or accounting or must_use or switch_modes):
         inputs = replace(inputs, folder=None)
@@ -216,7 +180,7 @@ def plan(
     if as_json:
         typer.echo(planning.to_json(result, inputs))
         return
-    planning.show(planning.make_report(result, inputs), _console())
+    planning.show(planning.make_report(result, inputs), make_console())
     if inputs.folder is not None:
         typer.echo(f"wrote {inputs.folder.plan}; the whole report is {inputs.folder.plan_html}")
 
@@ -240,7 +204,7 @@ def train(
 
     if resume not in (None, "auto"):
         raise ConfigError(f"--resume {resume!r} is not known.", fix="use --resume auto.")
-    console = _console(stderr=print_commands)  # standard output is for the lines alone
+    console = make_console(stderr=print_commands)  # standard output is for the lines alone
     inputs = run.read_inputs(
         run_file, overrides or [], say=partial(console.print, highlight=False, markup=False)
     )
@@ -275,7 +239,7 @@ def report(
     if as_json:
         typer.echo(made.to_json())
     else:
-        run.show_report(made, folder, _console())
+        run.show_report(made, folder, make_console())
 
 
 @app.command()
@@ -327,235 +291,4 @@ def demo(
     """Rehearse the whole run on this machine: three emulated devices fine-tune a small Llama on Python's source."""
     from colledge.launch.demo import run_demo
 
-    run_demo(output, steps, _console())
-
-
-@config_app.command()
-def schema(name: Annotated[str, typer.Argument(help="run, pool, plan, report, ...")]) -> None:
-    """Print the JSON schema of a file."""
-    from colledge.launch.schemas import schema_text
-
-    typer.echo(schema_text(name))
-
-
-@data_app.command("check")
-def data_check(
-    file: Annotated[
-        Path, typer.Argument(help="A .jsonl, .json, .parquet or .txt, a folder of them, or a pattern.")
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="A model's folder or hub id: shows tokens by its tokenizer.")
-    ] = None,
-    loss_on: Annotated[LossOn, typer.Option(help="What the loss counts.")] = "all",
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.", min=2)] = 512,
-) -> None:
-    """Print what a data file holds: counts, lengths, three samples with what the loss counts, and every fault."""
-    from colledge.data import load_tokenizer
-    from colledge.launch.data_check import check_file
-    from colledge.launch.inputs import find_model
-
-    tokenizer = load_tokenizer(find_model(model)) if model is not None else None
-    check_file(file, tokenizer, loss_on, sequence_length, _console())
-
-
-@catalog_app.command("list")
-def catalog_list(as_json: AsJson = False) -> None:
-    """List the devices, and how many of their figures are estimates."""
-    from colledge.launch import catalog
-    from colledge.profiles.catalog import read_catalog
-
-    devices = read_catalog().values()
-    if as_json:
-        typer.echo(catalog.devices_to_json(devices))
-    else:
-        catalog.show_devices(devices, _console())
-
-
-@catalog_app.command("show")
-def catalog_show(
-    kind: Annotated[str, typer.Argument(help="Such as jetson-orin-nano.")], as_json: AsJson = False
-) -> None:
-    """Print every figure of a device with its source."""
-    from colledge.launch import catalog
-    from colledge.profiles.catalog import catalog_device
-
-    device = catalog_device(kind)
-    if as_json:
-        typer.echo(catalog.device_to_json(device))
-    else:
-        catalog.show_device(device, _console())
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"colledge {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
-) -> None:
-    pass
-
-
-FederationFile = Annotated[
-    Path, typer.Argument(help="federation.yaml: strategy, rounds, data, models, nodes.")
-]
-
-
-@federate_app.command("simulate")
-def federate_simulate(
-    federation_file: FederationFile,
-    overrides: Overrides = None,
-    migrate: Annotated[
-        float, typer.Option(help="Share of the leaves that moves in every round.", min=0, max=1)
-    ] = 0.0,
-    print_commands: PrintCommands = False,
-) -> None:
-    """Run all nodes on this machine, and the devices of their pools, in virtual time."""
-    from colledge.launch import federate
-
-    federation = federate.read_federation(federation_file, overrides or [])
-    if print_commands:
-        typer.echo(federate.simulation_commands(federation, migrate))
-        return
-    federate.simulate(federation, _console(), migrate)
-    federate.report(federation.config.output, _console())
-
-
-Credentials = Annotated[
-    Path | None,
-    typer.Option(
-        help="Where provision put certificates; default: credentials/ beside the file.", show_default=False
-    ),
-]
-
-
-@federate_app.command("provision")
-def federate_provision(
-    federation_file: FederationFile,
-    credentials: Credentials = None,
-    valid_days: Annotated[
-        float, typer.Option(help="How long certificates are valid.", min=1, max=3650)
-    ] = 365.0,
-) -> None:
-    """Make a certificate authority, and a certificate for every node."""
-    from colledge.launch import federate
-
-    folder = credentials or federation_file.parent / "credentials"
-    for id, path in federate.provision(federate.read_federation(federation_file), folder, valid_days):
-        typer.echo(f"{id}: copy {federation_file.name} and {path} to it")
-    typer.echo(f"keep {folder / 'authority'} to yourself: its key signs certificates")
-
-
-@federate_app.command("serve")
-def federate_serve(
-    federation_file: FederationFile,
-    overrides: Overrides = None,
-    credentials: Credentials = None,
-    print_commands: PrintCommands = False,
-) -> None:
-    """Run the root of a real federation, here; it goes on where it stopped."""
-    _run_node(federation_file, overrides, None, None, credentials, print_commands)
-
-
-@federate_app.command("join")
-def federate_join(
-    federation_file: FederationFile,
-    overrides: Overrides = None,
-    node: Annotated[str, typer.Option(help="Which node this device is.")] = ...,  # type: ignore[assignment]
-    parent: Annotated[
-        str | None, typer.Option(help="Another parent than the file's, from now on.", show_default=False)
-    ] = None,
-    credentials: Credentials = None,
-    print_commands: PrintCommands = False,
-) -> None:
-    """Run a node below the root of a real federation, here; it goes on where it stopped."""
-    _run_node(federation_file, overrides, node, parent, credentials, print_commands)
-
-
-def _run_node(
-    path: Path,
-    overrides: list[str] | None,
-    node: str | None,
-    parent: str | None,
-    credentials: Path | None,
-    print_commands: bool,
-) -> None:
-    from colledge.launch import federate
-
-    federation = federate.read_federation(path, overrides or [])
-    if node == federation.tree.root:
-        raise ConfigError(f"{node!r} is the root, which joins nobody.", fix="run it with serve.")
-    id = node or federation.tree.root
-    own = (credentials or path.parent / "credentials") / id
-    if print_commands:
-        typer.echo(federate.node_commands(federation, id, own, parent))
-    else:
-        federate.run_node(federation, id, own, parent)
-
-
-@federate_app.command("report")
-def federate_report(
-    output: Annotated[Path, typer.Argument(help="The output folder of a federation, at its root.")],
-    target: Annotated[
-        float | None,
-        typer.Option(help="An accuracy: rounds and joules up to it.", show_default=False),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Print what a federation did in accuracy, seconds, joules and bytes; writes federation.html."""
-    from colledge.launch import federate
-
-    made = federate.report(output, _console(stderr=as_json), target)
-    if as_json:
-        typer.echo(made.to_json())
-
-
-@federate_app.command("status")
-def federate_status(
-    output: Annotated[Path, typer.Argument(help="The output folder of a federation.")],
-    as_json: AsJson = False,
-) -> None:
-    """Print where the nodes stand that run on this device."""
-    from colledge.launch import federate
-
-    found = federate.read_status(output)
-    if as_json:
-        typer.echo("[" + ",".join(status.to_json() for status in found) + "]")
-        return
-    for status in found:
-        typer.echo(f"{status.node}  {status.phase}, round {status.round}, parent {status.parent or '-'}")
-
-
-def main() -> None:
-    """Run the command line; print a fault as one line and exit with its code."""
-    replace_unprintable()
-    try:
-        code = app(standalone_mode=False)
-    except TyperException as fault:  # a command line that cannot be read
-        context = getattr(fault, "ctx", None)
-        asked = context.command_path if context is not None else "colledge"
-        message = fault.format_message().rstrip(".")
-        if message:  # else no command was given, and the help has been printed
-            print(f"colledge: {message}. Fix: see `{asked} --help`.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
-    except ColledgeError as fault:
-        print(f"colledge: {fault}", file=sys.stderr)
-        sys.exit(fault.exit_code)
-    except OSError as fault:
-        said = (
-            f"{fault.strerror} ({str(fault.filename)[:200]})"
-            if fault.strerror and fault.filename
-            else str(fault)[:300]
-        )
-        print(f"colledge: {said}. Fix: make room, or give a folder that can be written.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
-    except (MemoryError, RuntimeError) as fault:  # numpy's, and PyTorch's, which has no kind of its own
-        if not isinstance(fault, MemoryError) and "can't allocate memory" not in str(fault):
-            raise
-        what = str(fault).rpartition("] ")[2].rstrip(".")
-        print(f"colledge: out of memory ({what}). Fix: look for a size that is too large.", file=sys.stderr)
-        sys.exit(ConfigError.exit_code)
-    sys.exit(code if isinstance(code, int) else 0)  # 130 after Ctrl-C
+    run_demo(output, steps, make_console())

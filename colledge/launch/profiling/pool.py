@@ -1,292 +1,42 @@
-"""`colledge profile`: asks the devices of a pool to measure themselves and their links, one after another.
-
-coordinator ── measure_device ──> every device             memory, processor
-            ── measure_layers ──> one device of each kind   a kind of layer at some sample counts
-            ── count_layers ────> one device                bytes and FLOPs
-            ── measure_link ────> both ends of each pair    messages there, acknowledgements back
-
-One device measures at a time, since several may stand for one machine. Below are the requests, then what a
-device does with them (`HANDLERS`), then the coordinator's side (`profile_pool`). Not while a plan is set up.
-"""
+"""The coordinator's side of profiling: what is asked of whom, in which order, and the profiles that come of it."""
 
 from __future__ import annotations
 
-import platform
-import re
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from math import prod
-from pathlib import Path
 from statistics import median
 from typing import Protocol
 
-import torch
-from pydantic import Field
-from torch import nn
-
-from colledge.launch.run_config import DeviceConfig
-from colledge.measure import (
-    NOISY_SPREAD,
-    Effort,
-    LinkFit,
-    Workload,
-    allocator_overhead,
-    count_model,
-    fit_link,
-    runtime_bytes,
-    time_layer,
-    usable_bytes,
+from colledge.launch.profiling.requests import (
+    CountAnswer,
+    DeviceFacts,
+    DeviceRequest,
+    LayersAnswer,
+    LayersRequest,
+    LinkAnswer,
+    LinkRequest,
+    WorkloadRequest,
 )
-from colledge.models import LayeredModel, ModelSpec, build_model
+from colledge.launch.run_config import DeviceConfig
+from colledge.measure import NOISY_SPREAD, LinkFit, fit_link
+from colledge.models import LayeredModel
 from colledge.models.layered import DTYPES
 from colledge.parallel import Message, Wire
-from colledge.parallel.clock import Clock
-from colledge.parallel.device import Handler
 from colledge.parallel.engine import command
-from colledge.parallel.gradients import Gradients
-from colledge.parallel.setup import build_optimizer
-from colledge.parallel.wire import Pace
-from colledge.profiles import DeviceProfile, LayerProfile, LinkProfile, ModelProfile, PoolProfile, Timing
+from colledge.profiles import DeviceProfile, LinkProfile, ModelProfile, PoolProfile, Timing
 from colledge.records import Record
 from colledge.settings import OptimizerSettings, Precision
 from colledge.units import format_bytes
 
 _LARGEST_SAMPLES = 8
 _SHARD_SAMPLES = (1, 4)
-_DATA_TAG, _ACKNOWLEDGE_TAG = 10, 11
 _SMALL_BYTES, _SMALL_MESSAGES = 1024, 10
 _SIZES_BYTES = (64 * 1024, 256 * 1024, 1024**2, 4 * 1024**2)
 _MESSAGES = 5
 _LONG_TRANSFER_S = 0.03  # a message as slow as this is the largest that a link is measured with
-
-
-# -- requests ----------------------------------------------------------------------------------------------------
-
-
-class DeviceRequest(Record):
-    """Asks a device what it is; the model's code is loaded, for it takes memory too."""
-
-    model: ModelSpec
-    accelerator: str
-    threads: int | None
-
-
-class DeviceFacts(Record):
-    """What a device says of itself."""
-
-    kind: str = Field(min_length=1)
-    runtime_bytes: int = Field(ge=0)
-    allocator_overhead: float = Field(ge=0)
-    usable_bytes: int = Field(gt=0)
-
-
-class _Update:
-    """The engine's own update of one rank, timed as a run does it."""
-
-    def __init__(self, settings: OptimizerSettings, parameters: list[nn.Parameter]) -> None:
-        named = {str(index): parameter for index, parameter in enumerate(parameters)}
-        self._clipping = settings.gradient_clipping
-        self._gradients = Gradients(named, None, {}, None, frozenset(named), Clock(), overlap=False)
-        self._optimizer = build_optimizer(settings, parameters)
-
-    def step(self) -> None:
-        """Clip, optimize, forget the gradients."""
-        if self._clipping is not None:
-            self._gradients.clip(self._clipping, None, "measuring")
-        self._optimizer.step()
-        self._gradients.zero()
-
-
-class WorkloadRequest(Record):
-    """How the model is run."""
-
-    model: ModelSpec
-    row_shape: tuple[int, ...] = Field(min_length=1)
-    precision: Precision
-    loss: str
-    optimizer: OptimizerSettings
-    accelerator: str = "cpu"
-    threads: int | None = None
-    slowdown: float = Field(default=1.0, ge=1)
-
-    def workload(self) -> Workload:
-        """Return what to run on this device."""
-        if self.threads is not None:
-            torch.set_num_threads(self.threads)
-        return Workload(
-            build_model(self.model),
-            self.row_shape,
-            DTYPES[self.precision],
-            torch.device(self.accelerator),
-            self.loss,
-            partial(_Update, self.optimizer),
-        )
-
-
-class LayersRequest(Record):
-    """Asks a device to time one layer at several sample counts, whole or the first `num_units` shard units of it."""
-
-    workload: WorkloadRequest
-    layer_index: int = Field(ge=0)
-    sample_counts: tuple[int, ...] = Field(min_length=1)
-    device_kind: str
-    mode: str
-    num_units: int | None = None
-
-
-class LayersAnswer(Record):
-    """The rows of a layer."""
-
-    rows: tuple[Timing, ...]
-
-
-class CountAnswer(Record):
-    """The bytes and FLOPs of every layer."""
-
-    layers: tuple[LayerProfile, ...]
-
-
-class LinkRequest(Record):
-    """Asks one end of a link to send `messages` of each size, or to acknowledge them.
-
-    The first size is a small one, by whose round trip the acknowledgements' way is told.
-    """
-
-    sends: bool
-    peer: int = Field(ge=0)
-    sizes_bytes: tuple[int, ...] = Field(min_length=1)
-    messages: tuple[int, ...] = Field(min_length=1)
-    latency_s: float = Field(default=0.0, ge=0)
-    bandwidth_bytes_per_s: float | None = Field(default=None, gt=0)
-
-
-class LinkAnswer(Record):
-    """(bytes, one-way seconds) of every message; empty from the end that acknowledged."""
-
-    samples: tuple[tuple[int, float], ...] = ()
-
-
-# -- on the device -----------------------------------------------------------------------------------------------
-
-
-def _measure_device(message: Message, wire: Wire) -> Message:
-    request = DeviceRequest.model_validate(message.fields["request"])
-    if request.threads is not None:
-        torch.set_num_threads(request.threads)
-    device = torch.device(request.accelerator)
-    build_model(request.model)
-    taken = runtime_bytes(device)
-    facts = DeviceFacts(
-        kind=_device_kind(device),
-        runtime_bytes=taken,
-        allocator_overhead=allocator_overhead(device),
-        usable_bytes=usable_bytes(device),
-    )
-    return Message({"answer": facts.model_dump(mode="json")})
-
-
-def _measure_layers(message: Message, wire: Wire) -> Message:
-    request = LayersRequest.model_validate(message.fields["request"])
-    workload = request.workload.workload()
-    clock, effort = Clock(request.workload.slowdown), Effort()
-    units = None if request.num_units is None else (0, request.num_units)
-    times = time_layer(workload, request.layer_index, request.sample_counts, clock, effort, units)
-    layer_kind = workload.model.layer_kinds[request.layer_index]
-    answer = LayersAnswer(
-        rows=tuple(t.row(request.device_kind, request.mode, layer_kind) for t in times),
-    )
-    return Message({"answer": answer.model_dump(mode="json")})
-
-
-def _count_layers(message: Message, wire: Wire) -> Message:
-    work = WorkloadRequest.model_validate(message.fields["request"]).workload()
-    layers = count_model(work.model, work.row_shape, work.dtype, work.loss, work.update)
-    return Message({"answer": CountAnswer(layers=layers).model_dump(mode="json")})
-
-
-def _measure_link(message: Message, wire: Wire) -> Message:
-    request = LinkRequest.model_validate(message.fields["request"])
-    if request.latency_s or request.bandwidth_bytes_per_s:
-        wire.pace({request.peer: Pace(request.latency_s, request.bandwidth_bytes_per_s)})
-    try:
-        answer = LinkAnswer(samples=_send_all(request, wire)) if request.sends else LinkAnswer()
-        if not request.sends:
-            _acknowledge_all(request, wire)
-    finally:
-        wire.pace({})
-    return Message({"answer": answer.model_dump(mode="json")})
-
-
-def _send_all(request: LinkRequest, wire: Wire) -> tuple[tuple[int, float], ...]:
-    """Send every message and wait for its acknowledgement; return (bytes, one-way seconds)."""
-    samples: list[tuple[int, float]] = []
-    back_s: float | None = None
-    for size_bytes, num_messages in zip(request.sizes_bytes, request.messages, strict=True):
-        data = torch.zeros(size_bytes, dtype=torch.uint8)
-        acknowledgement = torch.zeros(1, dtype=torch.uint8)
-        round_trips_s = []
-        for _ in range(num_messages):
-            answer = wire.receive(acknowledgement, request.peer, _ACKNOWLEDGE_TAG)
-            began_s = time.perf_counter()
-            sent = wire.send(data, request.peer, _DATA_TAG)
-            answer.wait("measuring the link")
-            round_trips_s.append(time.perf_counter() - began_s)
-            sent.wait("measuring the link")
-        if back_s is None:
-            back_s = median(round_trips_s) / 2
-        samples += [(size_bytes, max(s - back_s, 0.0)) for s in round_trips_s]
-    return tuple(samples)
-
-
-def _acknowledge_all(request: LinkRequest, wire: Wire) -> None:
-    """Answer every message by one byte; the next receive is posted before, as the executor does."""
-    sizes = [size for size, n in zip(request.sizes_bytes, request.messages, strict=True) for _ in range(n)]
-    acknowledgement = torch.zeros(1, dtype=torch.uint8)
-    following = wire.receive(torch.empty(sizes[0], dtype=torch.uint8), request.peer, _DATA_TAG)
-    for index in range(len(sizes)):
-        following.wait("measuring the link")
-        if index + 1 < len(sizes):
-            buffer = torch.empty(sizes[index + 1], dtype=torch.uint8)
-            following = wire.receive(buffer, request.peer, _DATA_TAG)
-        wire.send(acknowledgement, request.peer, _ACKNOWLEDGE_TAG).wait("measuring the link")
-
-
-def _device_kind(device: torch.device) -> str:
-    """Return what devices of equal speed have in common: the accelerator, or processor and threads."""
-    if device.type == "cuda":
-        return _slug(torch.cuda.get_device_name(device))
-    return "-".join([_slug(platform.machine()), _slug(_processor_name()), f"{torch.get_num_threads()}t"])
-
-
-def _processor_name() -> str:
-    """Return the board's name (Jetson, Raspberry Pi) or else the processor's."""
-    board = Path("/proc/device-tree/model")
-    if board.is_file():
-        return board.read_text(errors="replace").strip("\0 \n")
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found.group(1) if found else platform.processor() or platform.system()
-
-
-def _slug(text: str) -> str:
-    plain = re.sub(r"\((R|TM|C)\)|\bCPU\b|\bProcessor\b|@.*", " ", text, flags=re.IGNORECASE)
-    return re.sub(r"[^a-z0-9_.]+", "-", plain.lower()).strip("-")[:48] or "unknown"
-
-
-HANDLERS: Mapping[str, Handler] = {
-    "measure_device": _measure_device,
-    "measure_layers": _measure_layers,
-    "count_layers": _count_layers,
-    "measure_link": _measure_link,
-}
-
-
-# -- on the coordinator ------------------------------------------------------------------------------------------
 
 
 class Progress(Protocol):
