@@ -114,7 +114,7 @@ def _fill(config: Any) -> None:
 
 def _line(fault: Exception) -> str:
     said = str(getattr(fault, "message", fault)).replace("|", "/")
-    return shorten(said, 300, placeholder=" ...").rstrip(".")
+    return shorten(said.rstrip("."), 300, placeholder=" ...")
 
 
 def _tell(kind: str, pipe: Connection) -> None:

@@ -446,12 +446,13 @@ def _materialise(model: nn.Module, dtype: torch.dtype) -> None:
             _compute_constants(model, module, dtype)
         if any(map(_not_computed, model.modules())):
             _initialise_around_blocks(model, dtype)
-    for path, module in model.named_modules():
-        if unset := _not_computed(module):
-            raise ModelError(
-                f"{path} ({type(module).__name__}) holds constants that cannot be computed anew: {', '.join(unset)}.",
-                fix="use another model, or look at its config.json.",
-            )
+        for path, module in model.named_modules():
+            if unset := _not_computed(module):
+                kind, names = type(module).__name__, ", ".join(unset)
+                raise ModelError(
+                    f"{path} ({kind}) holds constants that cannot be computed anew: {names}.",
+                    fix="use another model, or look at its config.json.",
+                )
 
 
 def _initialise_around_blocks(model: nn.Module, dtype: torch.dtype) -> None:

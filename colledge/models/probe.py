@@ -93,7 +93,7 @@ def _small_copy(model: HuggingFaceCausalLM) -> tuple[HuggingFaceCausalLM, nn.Mod
 
 def _line(fault: Exception) -> str:
     said = getattr(fault, "message", f"{type(fault).__name__}: {fault}")
-    return shorten(said, 200, placeholder=" ...").rstrip(".")
+    return shorten(said.rstrip("."), 200, placeholder=" ...")
 
 
 # -- the small copy ------------------------------------------------------------------------------------------------

@@ -411,7 +411,8 @@ def test_a_run_keeps_its_plan_when_asked_what_if(files: list[str], run: Cli, tmp
     assert code == 2
     assert "are not of this run: they have the devices a, b; " in err
     (tmp_path / "pool.yaml").write_text("devices:\n  - {id: b}\n  - {id: a}\n")
-    code, _, err = run("plan", str(file.rename(tmp_path / "my run.yaml")))
+    file = file.rename(tmp_path / "my run.yaml")
+    code, _, err = run("plan", str(file))
     assert code == 2
     assert "their rows have 8 tokens, the run's 512" in err
     assert f"run `colledge profile '{tmp_path}/my run.yaml'` again." in err
