@@ -87,7 +87,11 @@ class Faults:
         self._first.setdefault(what, fault)
         places = self._where.setdefault(what, [])
         named = _PLACE.search(where)
-        places.append(named.group() if named and len(places) < _MOST_PLACES else "")
+        place = named.group() if named and len(places) < _MOST_PLACES else ""
+        file, first = (
+            said.rpartition(", ")[0] for said in (where, self._first[what].message.partition(": ")[0])
+        )
+        places.append(f"{place} of {file}" if place and file != first else place)
 
     def lines(self) -> Iterator[str]:
         """Yield a line for each kind: its first fault, and where the others are."""

@@ -30,7 +30,7 @@ from colledge.launch.run_config import (
     zero_stage,
 )
 from colledge.models import HuggingFaceCausalLM, ModelWeights
-from colledge.models.weights import has_weights
+from colledge.models.conversion import stores_weights
 from colledge.parallel.backends import check_backend_plan, check_installed
 from colledge.parallel.backends.zero_config import check_config, complete_config
 from colledge.parallel.checkpoint import find_checkpoint, find_whole_checkpoint
@@ -99,7 +99,8 @@ def read_inputs(
     if run.activation_cache is not None:
         prefix_layers(model.first_trained, model.layer_names)
     check_output(run, folder)
-    weights = ModelWeights(folder, model.skeleton()) if with_data or has_weights(folder) else None
+    skeleton = model.skeleton()
+    weights = ModelWeights(folder, skeleton) if with_data or stores_weights(folder, skeleton) else None
     notes = weights.notes() if weights is not None else ()
     num_rows = (0, 0)
     if with_data:

@@ -306,6 +306,15 @@ def check_not_quantised(directory: Path, config: Any) -> None:
         raise _quantised(directory, f"config.json has a quantization_config, of the method {method}")
 
 
+def stores_weights(directory: Path, skeleton: nn.Module) -> bool:
+    """Return whether a model's folder holds its weights, whatever its configuration calls their files.
+
+    Raises:
+        ModelError: The configuration names no file of the folder.
+    """
+    return has_weights(directory, _stem(directory, skeleton.config))
+
+
 def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, str]) -> bool:
     """Return whether a folder stores two unlike values for a weight that its configuration ties.
 
@@ -319,7 +328,7 @@ def stores_two_values(directory: Path, skeleton: nn.Module, tied: Mapping[str, s
     Raises:
         ModelError: The folder's weights are damaged.
     """
-    if not has_weights(directory):
+    if not stores_weights(directory, skeleton):
         return False
     weights = ModelWeights(directory, skeleton)
     apart = ((name, source) for name, source in tied.items() if weights.stores_both(name, source))

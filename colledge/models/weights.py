@@ -50,9 +50,9 @@ class StoredTensor:
         return math.prod(self.shape) * (self.dtype.itemsize if self.dtype is not None else 1)
 
 
-def has_weights(directory: Path) -> bool:
-    """Return whether a folder holds weights that can be read."""
-    names = ("model.safetensors", "model.safetensors.index.json")
+def has_weights(directory: Path, stem: str = "model") -> bool:
+    """Return whether a folder holds weights that can be read, in files that are called so."""
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
     return any((directory / name).is_file() for name in names)
 
 

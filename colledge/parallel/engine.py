@@ -198,7 +198,12 @@ class Engine:
                     f"{parameter!r} has shape {list(tensor.shape)}, wanted {list(shape)}.",
                     fix="give the weights of this very model.",
                 )
-            values[parameter] = tensor.to(self.model.dtype_of(parameter, self._dtype))
+            values[parameter] = cast = tensor.to(self.model.dtype_of(parameter, self._dtype))
+            if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
+                raise ModelError(
+                    f"{parameter!r} holds numbers that are too large for {str(cast.dtype).removeprefix('torch.')}.",
+                    fix="train in the precision that the weights are stored in.",
+                )
         return values
 
     def load(self, weights: Mapping[str, Tensor]) -> None:

@@ -118,6 +118,14 @@ def test_faults_of_one_kind_are_one_line(tmp_path: Path, check: Run) -> None:
     assert "50 example(s)" in err
 
 
+def test_faults_of_several_files_are_named_with_their_file(tmp_path: Path, check: Run) -> None:
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.jsonl").write_text('{"n": 1}\n')
+    (tmp_path / "some" / "b.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n{"n": 1}\n')
+    _, out, _ = check(str(tmp_path / "some"))
+    assert f"1 more alike: 3 of {tmp_path}/some/b.jsonl" in " ".join(out.split())
+
+
 def test_kinds_of_faults_that_are_too_many_are_counted(tmp_path: Path, check: Run) -> None:
     values = [{"n" + "x" * n: 1} for n in range(30)]
     _, out, _ = check(str(write(tmp_path, [{"text": "a"}, *values])))

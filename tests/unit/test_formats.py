@@ -23,7 +23,7 @@ def read(folder: Path, *entries: Any, seen: Noticed | None = None) -> list[Examp
 
 
 def test_sharegpt_is_read_as_messages_and_said(tmp_path: Path) -> None:
-    call = json.dumps({"name": "weather", "arguments": {"place": "Bergen"}})
+    call = json.dumps({"name": "weather", "arguments": {"place": "Bergen"}, "id": "call-1"})
     turns = [
         {"from": "human", "value": "weather?"},
         {"from": "function_call", "value": call},
@@ -33,7 +33,8 @@ def test_sharegpt_is_read_as_messages_and_said(tmp_path: Path) -> None:
     seen = Noticed()
     (one,) = read(tmp_path, {"conversations": turns, "system": "be kind", "tools": "[]", "id": 7}, seen=seen)
     assert [role for role, _ in one.parts] == ["system", "user", "assistant", "tool", "assistant"]
-    assert one.messages[2]["tool_calls"][0]["function"] == json.loads(call)
+    (called,) = one.messages[2]["tool_calls"]
+    assert {**called["function"], "id": called["id"]} == json.loads(call)
     assert one.messages[4] == {"role": "assistant", "content": "It rains.", "weight": 1}
     assert one.columns == {"id": 7}  # a list of no tools says nothing
     assert seen.sentences() == ["1 example(s) were read as ShareGPT."]
@@ -115,6 +116,27 @@ def test_a_prompt_and_a_completion_of_messages_are_a_chat_of_which_the_prompt_is
         ({"conversations": [{"from": "system", "value": "a"}], "system": "b"}, ["'system' and a first turn"]),
         ({"conversations": [{"from": "function_call", "value": "no JSON"}]}, ["no call of a tool"]),
         ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, ["Alpaca", "'history'"]),
+        ({"instruction": "a", "output": "b", "completion": "c"}, ["'output' and 'completion'", "lost"]),
+        (
+            {"conversations": [{"from": "human", "value": "a", "content": "b"}]},
+            ["conversations[0]", "'content'", "lost"],
+        ),
+        ({"conversations": [{"from": "gpt", "value": "a", "role": "user"}]}, ["'role' too", "lost"]),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f"}', "content": "b"}]},
+            ["'content' too", "lost"],
+        ),
+        (
+            {
+                "conversations": [
+                    {
+                        "from": "function_call",
+                        "value": '{"name": "f", "arguments": {}, "parameters": {"a": 1}}',
+                    }
+                ]
+            },
+            ["'arguments' and 'parameters'", "lost"],
+        ),
     ],
 )
 def test_what_is_not_read_is_called_what_it_is(
@@ -145,8 +167,72 @@ def test_null_is_a_key_that_is_not_there(tmp_path: Path) -> None:
     assert found[1].messages[1] == {"role": "assistant", "content": "b"}
     call = {"function": {"name": "f", "arguments": {"place": "Bergen", "day": None}}}
     asked = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    (one,) = read(tmp_path, {"messages": asked})
+    seen = Noticed()
+    (one,) = read(tmp_path, {"messages": asked}, seen=seen)
     assert one.messages[1]["tool_calls"][0]["function"]["arguments"] == {"place": "Bergen"}
+    assert seen.sentences() == ["1 call(s) of tools have arguments of null, which are left out."]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_key_that_stands_twice_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    entry = '{"text": "first", "more": {"a": 1}, "text": "second"}'
+    path.write_text(entry if suffix == ".jsonl" else f"[{entry}]")
+    with pytest.raises(DataError, match="key 'text' stands twice in one object"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_number_of_too_many_digits_is_one_line(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"data{suffix}"
+    entry = '{"text": "a", "id": ' + "1" * 5000 + "}"
+    path.write_text(entry if suffix == ".jsonl" else f"[{entry}]")
+    with pytest.raises(DataError, match="not JSON"):
+        read_examples(path)
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.Table.from_arrays(
+        [pyarrow.array(["one"]), pyarrow.array(["two"])], names=["text", "text"]
+    )
+    parquet.write_table(table, tmp_path / "data.parquet")
+    with pytest.raises(DataError, match="two columns 'text'"):
+        read_examples(tmp_path / "data.parquet")
+
+
+@pytest.mark.parametrize("text", ["BZhang wrote this.", "PAR1S is a word"])
+def test_text_that_begins_as_a_packed_file_is_read(text: str, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text(text)
+    assert read_examples(tmp_path / "data.txt")[0].parts == (("text", text),)
+
+
+def test_packed_files_are_told_by_their_beginning(tmp_path: Path) -> None:
+    import bz2
+
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "data.txt"
+    path.write_bytes(bz2.compress(b"text " * 99))
+    with pytest.raises(DataError, match="is a bzip2 file"):
+        read_examples(path)
+    parquet.write_table(pyarrow.table({"text": ["a"]}), path)
+    with pytest.raises(DataError, match="is a parquet file"):
+        read_examples(path)
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    dead = tmp_path / "dead.jsonl"
+    dead.symlink_to("/nowhere/y.jsonl")
+    for source in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="which is not there"):
+            find_files([source])
+    dead.rename(tmp_path / "dead.png")
+    assert find_files([tmp_path]).files == (tmp_path / "a.jsonl",)
 
 
 TEXT = "Les élèves étaient là, près de la forêt où l'été s'achève doucement.\n" * 3

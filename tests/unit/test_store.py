@@ -26,6 +26,7 @@ from colledge.data import (
     split_examples,
     split_numbers,
 )
+from colledge.data.text import store
 from colledge.data.text.store import stored_tokens
 from colledge.errors import DataError
 
@@ -214,6 +215,23 @@ def test_who_cleans_before_a_folder_is_locked_costs_nothing(
     stream, _ = stored_tokens([write(tmp_path / "a.jsonl", [{"text": "what"}])], folder, tokenizer, "all")
     assert stream.ids.tolist() == [*tokenizer(["what"])["input_ids"][0], tokenizer.eos_token_id]
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, data = load_tokenizer(folder), write(tmp_path / "a.jsonl", [{"text": "what"}])
+    read = store.iterate_examples
+
+    def other(*arguments: Any, **options: Any) -> Any:
+        write(data, [{"text": "else"}])
+        os.utime(data, ns=(1, 1))
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(store, "iterate_examples", other)
+    with pytest.raises(DataError, match="has changed while it was read"):
+        stored_tokens([data], folder, tokenizer, "all")
+    assert not list(cache.glob("*/*.bin"))
 
 
 def test_what_lies_below_a_model_is_not_its_tokenizer(folder: Path, tmp_path: Path) -> None:

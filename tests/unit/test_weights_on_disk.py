@@ -201,6 +201,20 @@ def test_a_configuration_may_name_the_file(tmp_path: Path) -> None:
         assert "transformers_weights" in refusal(lambda: opened(folder))
 
 
+def test_two_values_of_a_tied_weight_are_seen_whatever_the_file_is_called(tmp_path: Path) -> None:
+    folder = made("tied llama", tmp_path)
+
+    def apart(stored: Stored) -> Stored:
+        return {**stored, "lm_head.weight": stored["model.embed_tokens.weight"] + 3}
+
+    change(folder, apart)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    reconfigure(folder, transformers_weights="other.safetensors")
+    model, weights = opened(folder)
+    assert not model.tied
+    assert same(weights, theirs(folder))
+
+
 def test_shards_are_read_whatever_the_index_says_of_their_tensors(tmp_path: Path) -> None:
     folder = made("llama", tmp_path)
     stored = load_file(folder / "model.safetensors")

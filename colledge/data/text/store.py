@@ -78,11 +78,12 @@ def stored_tokens(
         DataError: A file is malformed or holds no text, or the disk is full.
         ModelError: The tokenizer lacks what the examples need.
     """
+    before = [_state(path) for path in files]
     place = _home() / _key(files, tokenizer_folder, tokenizer, loss_on)
     found = _opened(place)
     if found is None:
         try:
-            _write(place, files, tokenizer, loss_on, say)
+            _write(place, files, tokenizer, loss_on, say, before)
         except OSError as fault:
             raise DataError(
                 f"{place.parent}: tokens cannot be kept there ({fault.strerror or fault}).",
@@ -168,9 +169,25 @@ def _mapped(place: Path, meta: StoreMeta) -> Stream:
 # -- writing -----------------------------------------------------------------------------------------------------
 
 
+def _state(path: Path) -> tuple[int, ...]:
+    """Return what tells that a file is written to."""
+    check_name(path)
+    try:
+        found = path.stat()
+    except OSError as fault:
+        raise unreadable(path, fault) from None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def _write(
-    place: Path, files: Sequence[Path], tokenizer: Tokenizer, loss_on: LossOn, say: Say | None
+    place: Path,
+    files: Sequence[Path],
+    tokenizer: Tokenizer,
+    loss_on: LossOn,
+    say: Say | None,
+    before: Sequence[tuple[int, ...]],
 ) -> None:
+    """Tokenise files into their place, unless they are no longer as they were `before` their digests were made."""
     place.parent.mkdir(parents=True, exist_ok=True)
     _clean(place.parent)
     with _partial(place.parent) as partial:
@@ -179,6 +196,11 @@ def _write(
         tokens = tokenize(examples, tokenizer, loss_on, noticed=noticed)
         with _Writer(partial, "uint16" if _largest_id(tokenizer) < 1 << 16 else "int32") as writer:
             writer.add_all(tokens, files, say)
+        changed = [path for path, state in zip(files, before, strict=True) if _state(path) != state]
+        if changed:
+            raise DataError(
+                f"{changed[0]}: has changed while it was read.", fix="start again when nothing writes to it."
+            )
         if writer.num_examples == 0:
             named = ", ".join(map(str, files))
             raise DataError(f"{named}: holds no text.", fix="give a file with at least one row of text.")

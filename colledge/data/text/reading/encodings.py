@@ -18,10 +18,10 @@ _MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip -c"),
     b"\x28\xb5\x2f\xfd": ("zstandard", "zstd -dc"),
-    b"BZh": ("bzip2", "bunzip2 -c"),
+    **{b"BZh%d1AY&SY" % level: ("bzip2", "bunzip2 -c") for level in range(1, 10)},
     b"\xfd7zXZ\x00": ("xz", "xz -dc"),
     b"PK\x03\x04": ("zip", "unzip -p"),
-    b"PAR1": ("parquet", None),
+    b"PAR1\x15": ("parquet", None),
     b"SQLite format 3\x00": ("SQLite", None),
     b"\x89PNG": ("PNG", None),
     b"%PDF": ("PDF", None),

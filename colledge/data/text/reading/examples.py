@@ -11,7 +11,6 @@ in `formats`. A key that holds null is one that is not there. Of other keys, tho
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,8 @@ import torch
 from colledge.data.text.chats.losses import MEANT
 from colledge.data.text.reading.encodings import UTF8_MARK, check_beginning, decode
 from colledge.data.text.reading.files import SUFFIXES
-from colledge.data.text.reading.formats import PROMPTED, SHAPES, canonical
-from colledge.data.text.reading.parts import entries_of, parts_of
+from colledge.data.text.reading.formats import PROMPTED, SHAPES, canonical, null_arguments
+from colledge.data.text.reading.parts import DECODER, entries_of, parts_of
 from colledge.errors import ColledgeError, DataError
 from colledge.records import kind_of
 
@@ -75,6 +74,7 @@ class Noticed:
     unread: Counter[str] = field(default_factory=Counter)
     empty: int = 0
     unprompted: int = 0
+    null_arguments: int = 0
 
     def sentences(self) -> list[str]:
         """Return it in words."""
@@ -84,6 +84,10 @@ class Noticed:
             said.append(f"Keys that are not read: {keys}.")
         if self.empty:
             said.append(f"{self.empty:,} example(s) hold no text and were left out.")
+        if self.null_arguments:
+            said.append(
+                f"{self.null_arguments:,} call(s) of tools have arguments of null, which are left out."
+            )
         if self.unprompted:
             said.append(
                 f"{self.unprompted:,} chat(s): the chat template writes nothing to prompt an answer, so what it writes "
@@ -268,7 +272,7 @@ def _json_lines(path: Path, on_fault: OnFault) -> Iterator[tuple[str, object]]:
 
 def _parse(text: str, where: str, fix: str) -> object:
     try:
-        return json.loads(text)
+        return DECODER.decode(text)
     except (ValueError, RecursionError) as fault:
         raise DataError(f"{where}: not JSON ({fault}).", fix=fix) from None
 
@@ -283,7 +287,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with path.open("rb") as file:
             number = 0
-            for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            table = parquet.ParquetFile(file)
+            twice = [name for name, count in Counter(table.schema_arrow.names).items() if count > 1]
+            if twice:
+                raise DataError(
+                    f"{path}: has two columns {twice[0]!r}, of which one would be lost.",
+                    fix="rename one of them.",
+                )
+            for batch in table.iter_batches(batch_size=1024):
                 try:
                     rows = batch.to_pylist()
                 except (
@@ -316,6 +327,7 @@ def _example(value: object, where: str, noticed: Noticed) -> Example | None:
     if not entry:
         return None
     if "messages" in entry:
+        noticed.null_arguments += null_arguments(value)
         messages = _messages(entry.pop("messages"), where)
         parts = tuple((message["role"], _text_of(message)) for message in messages)
         prompting = len(value["prompt"]) if read_as == PROMPTED else 0

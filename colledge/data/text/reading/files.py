@@ -30,7 +30,8 @@ def find_files(sources: Iterable[Path]) -> Found:
             is in hidden folders, are read only where they are named themselves.
 
     Raises:
-        DataError: There is no such file, a folder or pattern has none that can be read, or one is named twice.
+        DataError: There is no such file, a link leads nowhere, a folder or pattern has none that can be read, or one is
+            named twice.
     """
     files: list[Path] = []
     left_out: list[str] = []
@@ -51,6 +52,7 @@ def find_files(sources: Iterable[Path]) -> Found:
 
 def _below(folder: Path) -> tuple[list[Path], str | None]:
     paths = sorted(folder.rglob("*"))
+    _refuse_dead_links(paths, folder)
     inside = [path for path in paths if path.is_file()]
     linked = sum(path.is_symlink() and path.is_dir() for path in paths)
     seen = [path for path in inside if not _is_hidden(path.relative_to(folder))]
@@ -70,6 +72,17 @@ def _below(folder: Path) -> tuple[list[Path], str | None]:
     return files, f"{folder}: not read: {said}." if said else None
 
 
+def _refuse_dead_links(paths: Iterable[Path], folder: Path) -> None:
+    """Refuse a file that would be read, were it there."""
+    for path in paths:
+        named = path.suffix.lower() in SUFFIXES and not _is_hidden(path.relative_to(folder))
+        if named and path.is_symlink() and not path.exists():
+            raise DataError(
+                f"{path}: is a link to {path.readlink()}, which is not there.",
+                fix="fetch that file again, or take the link out.",
+            )
+
+
 def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == _OF_AN_ARCHIVER for part in path.parts)
 
@@ -80,6 +93,7 @@ def _matching(pattern: Path) -> list[Path]:
         found = sorted(fixed.glob(str(pattern.relative_to(fixed))))
     except (ValueError, NotImplementedError, IndexError):
         found = []
+    _refuse_dead_links(found, fixed)
     files = [path for path in found if path.is_file() and not _is_hidden(path.relative_to(fixed))]
     if not files:
         raise DataError(f"{pattern}: no file is called so.", fix="mend the pattern, or name the files.")

@@ -75,12 +75,20 @@ def canonical(entry: Mapping[str, Any], where: str) -> tuple[Entry, str | None]:
 
 
 def _without_null(value: Any) -> Any:
-    """Return JSON without the keys that hold null, which tables write where a row has no such key."""
+    """Return JSON without the keys that hold null, which tables write where a row has no such key, as TRL does."""
     if isinstance(value, dict):
         return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_without_null(inner) for inner in value]
     return value
+
+
+def null_arguments(value: Any) -> int:
+    """Return how many calls of tools in a JSON value have an argument that is null."""
+    if isinstance(value, dict):
+        own = value.get("arguments")
+        return int(own != _without_null(own)) + sum(map(null_arguments, value.values()))
+    return sum(map(null_arguments, value)) if isinstance(value, list) else 0
 
 
 def _refuse_unread(entry: Entry, where: str) -> None:
@@ -147,6 +155,12 @@ def _message(turn: object, where: str) -> Entry:
             fix='write {"from": "human", "value": ...} or {"from": "gpt", "value": ...}.',
         )
     sender, rest = turn["from"], {key: value for key, value in turn.items() if key not in ("from", "value")}
+    own = [key for key in ("role", "content", "tool_calls") if key in rest]
+    if own:
+        raise DataError(
+            f"{where}: has 'from' and 'value' and {own[0]!r} too, of which one would be lost.",
+            fix=f"take {own[0]!r} out, or write the turn with role and content.",
+        )
     if sender == _CALL:
         return {**rest, "role": "assistant", "content": "", "tool_calls": _calls(turn["value"], where)}
     if sender not in _ROLES:
@@ -177,12 +191,21 @@ def _calls(value: object, where: str) -> list[Entry]:
             f"{where}: a function_call has key {strange[0]!r}, which is not read.",
             fix="write name and arguments.",
         )
+    if any("arguments" in call and "parameters" in call for call in calls):
+        raise DataError(
+            f"{where}: a function_call has 'arguments' and 'parameters', of which one would be lost.",
+            fix="take one of them out.",
+        )
     return [
         {
+            **({"id": call["id"]} if "id" in call else {}),
             "type": "function",
-            "function": {"name": c["name"], "arguments": c.get("arguments", c.get("parameters", {}))},
+            "function": {
+                "name": call["name"],
+                "arguments": call.get("arguments", call.get("parameters", {})),
+            },
         }
-        for c in calls
+        for call in calls
     ]
 
 
@@ -195,6 +218,11 @@ def _alpaca(entry: Entry, where: str) -> Entry:
             raise DataError(
                 f"{where}: key {key!r} holds {kind_of(entry.get(key))}, wanted a string.", fix="write text."
             )
+    if "completion" in entry:
+        raise DataError(
+            f"{where}: has 'output' and 'completion', of which one would be lost.",
+            fix="take one of them out.",
+        )
     for key in _EMPTY:
         if entry.get(key):
             raise DataError(

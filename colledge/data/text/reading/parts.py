@@ -16,7 +16,19 @@ _PART_BYTES = 1 << 20
 _SPACES = " \t\n\r"  # of JSON
 _LONGEST_WORD = 16  # characters that JSON takes together, such as -Infinity or an escape
 _EXPONENT = 3  # characters of a number that are none yet: 1e+
-_DECODER = json.JSONDecoder()
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, of which no key stands twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"key {twice!r} stands twice in one object, so that one of its values would be lost")
+    return made
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_once)
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ class _Text:
         self.following()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._held, self._at)
+                value, end = DECODER.raw_decode(self._held, self._at)
             except RecursionError as fault:
                 raise self.fault(str(fault)) from None
             except json.JSONDecodeError as fault:
@@ -112,6 +124,8 @@ class _Text:
                 if not (cut and self._read(len(self._held) - self._at)):
                     raise self.fault(fault.msg, fault.pos) from None
                 continue
+            except ValueError as fault:  # a key that stands twice, a number of too many digits
+                raise self.fault(str(fault)) from None
             if end > len(self._held) - _EXPONENT and self._read():
                 continue  # a number may go on
             self._at = end
