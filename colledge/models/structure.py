@@ -13,19 +13,26 @@ What does not fit is refused, naming the modules. Whether the parts give the who
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from colledge.errors import ModelError
 
 _FIX = "use a decoder-only causal model of one list of blocks, such as Llama, Qwen3, Gemma 3 or GPT-2."
+
+_Answer = TypeVar("_Answer")
+Unknown: TypeAlias = tuple[type[Exception], ...]
 
 
 @dataclass(frozen=True)
@@ -168,10 +175,22 @@ def _list_of_blocks(model: nn.Module) -> tuple[str, int, set[str] | None]:
     return path, len(blocks), runs
 
 
-def _without_values() -> FakeTensorMode:
-    """Return a mode in which a forward runs on shapes alone, even where values give some, such as experts' shares."""
-    sizes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
-    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes)
+def _without_values(run: Callable[[Unknown], _Answer]) -> _Answer:
+    """Return what a forward gives that runs on shapes alone; sizes that only values give are then unknown ones.
+
+    Args:
+        run: Runs it; told what is raised where it asks for an unknown size.
+    """
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return run(())
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        # 35 MB that few models need: experts take as many rows as are theirs
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+
+        sizes = ShapeEnv(allow_scalar_outputs=True, allow_dynamic_output_shape_ops=True)
+        with FakeTensorMode(allow_non_fake_inputs=True, shape_env=sizes):
+            return run((GuardOnDataDependentSymNode,))
 
 
 def _runs(model: nn.Module) -> set[str] | None:
@@ -182,8 +201,7 @@ def _runs(model: nn.Module) -> set[str] | None:
         for path, module in model.named_modules()
     ]
     try:
-        with _without_values():
-            model(input_ids=torch.zeros((2, 8), dtype=torch.long, device="meta"), use_cache=False)
+        _without_values(lambda _: model(input_ids=_ids(), use_cache=False))
     except Exception:  # whatever the library raises: the refusal then shows all lists
         return None
     finally:
@@ -230,28 +248,35 @@ def _trace(model: nn.Module, parts: tuple[str, ...], blocks: str) -> tuple[set[s
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _FirstBlock(args, kwargs)
 
-    hooks = [first.register_forward_pre_hook(stop, with_kwargs=True)]
-    for path in parts:
-        note = model.get_submodule(path).register_forward_pre_hook
-        hooks.append(note(lambda _module, _args, path=path: called.add(path)))
+    def reach() -> _FirstBlock:
+        hooks = [first.register_forward_pre_hook(stop, with_kwargs=True)]
+        for path in parts:
+            note = model.get_submodule(path).register_forward_pre_hook
+            hooks.append(note(lambda _module, _args, path=path: called.add(path)))
+        try:
+            model(input_ids=_ids(), use_cache=False)
+        except _FirstBlock as reached:
+            return reached
+        finally:
+            for hook in hooks:
+                hook.remove()
+        raise _refusal(model, f"its forward does not run {blocks}.0")
+
+    def run(unknown: Unknown) -> _FirstBlock:
+        block = reach()
+        with suppress(*unknown):  # then it gives hidden states only, until the probe sees otherwise
+            output = first(*block.positional, **block.kwargs)
+            block.num_outputs = None if isinstance(output, Tensor) else len(output)
+        return block
+
     try:
-        with _without_values():
-            ids = torch.zeros((2, 8), dtype=torch.long, device="meta")
-            try:
-                model(input_ids=ids, use_cache=False)
-                raise _refusal(model, f"its forward does not run {blocks}.0")
-            except _FirstBlock as reached:
-                block = reached
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            # Of values: it gives hidden states only, until the probe sees otherwise.
-            with suppress(GuardOnDataDependentSymNode):
-                output = first(*block.positional, **block.kwargs)
-                block.num_outputs = None if isinstance(output, Tensor) else len(output)
+        return called, _without_values(run)
     except ModelError:
         raise
     except Exception as fault:
         line = shorten(f"{type(fault).__name__}: {fault}", 200, placeholder=" ...")
         raise _refusal(model, f"its forward does not run without values ({line})") from None
-    return called, block
+
+
+def _ids() -> Tensor:
+    return torch.zeros((2, 8), dtype=torch.long, device="meta")

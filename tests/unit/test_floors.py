@@ -183,3 +183,19 @@ def small_package(folder: Path) -> Path:
 def write(path: Path, source: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(source)
+
+
+def test_a_device_loads_nothing_that_it_does_not_run() -> None:
+    code = "import sys, colledge.launch.worker; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    unwanted = {
+        "sympy",
+        "pandas",
+        "pyarrow",
+        "matplotlib",
+        "datasets",
+        "rich",
+    }  # each takes tens of megabytes
+    assert not unwanted & set(loaded)
